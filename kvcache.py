@@ -1,0 +1,110 @@
+"""The static KV cache: preallocated keys and values, and the one place that knows how long each row is.
+
+Launch (paper, section 3) fills it with N prefixes of one prompt, Check lays [STOP] positions behind them and takes them
+back, Resume keeps k rows and frees the others. Layers write behind a row's length and read; only `advance` and `rewind`
+move the length, and no layer calls them.
+
+Letters: B rows, T new positions, S cached positions, K key/value heads, D head_dim.
+"""
+import torch
+
+
+class KVCache:
+    """Keys and values of B rows, for every layer (B, K, capacity, D), and each row's `lengths` (B,) int64.
+
+    Slots at or behind a row's length are dead: they may hold anything finite and are never read. `longest` and
+    `shortest` bound the lengths on the host, so that sizes are known without asking the device.
+    """
+
+    def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu", dtype=torch.float32):
+        shape = (rows, kv_heads, capacity, head_dim)
+        # zeros, not empty: a dead slot is multiplied by an attention weight of 0, and 0 * nan would be nan
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
+        self.longest = self.shortest = 0
+
+    @property
+    def rows(self):
+        """How many rows are live."""
+        return self.lengths.shape[0]
+
+    @property
+    def capacity(self):
+        """How many positions a row can hold."""
+        return self.keys[0].shape[2]
+
+    @property
+    def nbytes(self):
+        """Bytes held by the buffers, dead rows and dead slots included."""
+        return sum(buffer.nbytes for buffer in self.keys + self.values)
+
+    def slots(self, count):
+        """Where `count` new positions of every row go: (B, K, count) indices into a buffer seen as (-1, D).
+
+        Raises ValueError where a row would outgrow the capacity.
+        """
+        if self.longest + count > self.capacity:
+            raise ValueError(f"KV cache: {self.longest} + {count} positions do not fit its capacity of {self.capacity}")
+        kv_heads, device = self.keys[0].shape[1], self.lengths.device
+        lines = torch.arange(self.rows * kv_heads, device=device).view(self.rows, kv_heads, 1) * self.capacity
+        return lines + self.lengths[:, None, None] + torch.arange(count, device=device)
+
+    def write(self, layer, slots, keys, values):
+        """Put keys and values (B, K, T, D) at `slots` (B, K, T); the lengths stay as they are."""
+        head_dim = keys.shape[-1]
+        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            buffer.view(-1, head_dim).index_copy_(0, slots.reshape(-1), new.reshape(-1, head_dim))
+
+    def read(self, layer, start, stop):
+        """Views (B, K, stop - start, D) of the keys and values of positions start..stop-1; nothing is copied."""
+        return (self.keys[layer][:self.rows, :, start:stop], self.values[layer][:self.rows, :, start:stop])
+
+    def advance(self, count):
+        """The `count` positions written behind every row now belong to it."""
+        self.lengths += count
+        self.longest += count
+        self.shortest += count
+
+    def rewind(self, count):
+        """Take the last `count` positions of every row back: a tentative branch (Check) leaves no trace."""
+        if count > self.shortest:
+            raise ValueError(f"KV cache: cannot take back {count} positions, the shortest row has {self.shortest}")
+        self.advance(-count)
+
+    def truncate(self, lengths):
+        """Set every row's length (a list of ints), as after a prefill of right-padded rows."""
+        if len(lengths) != self.rows or not all(0 <= length <= self.longest for length in lengths):
+            raise ValueError(f"KV cache: cannot cut {self.rows} rows of at most {self.longest} positions to {lengths}")
+        self.lengths.copy_(torch.tensor(lengths, device=self.lengths.device))
+        self.longest, self.shortest = max(lengths), min(lengths)
+
+    def keep(self, rows):
+        """Row j becomes the old row rows[j] (a list of different rows), in place: only rows that move are copied.
+
+        The buffers stay where they are (a captured CUDA graph goes on reading them); `regroup` gives memory back.
+        """
+        moved = [j for j, row in enumerate(rows) if row != j]
+        if moved:
+            source = torch.tensor([rows[j] for j in moved], device=self.lengths.device)
+            target = torch.tensor(moved, device=self.lengths.device)
+            for buffer in self.keys + self.values:
+                live = buffer[:, :, :self.longest]
+                live[target] = live[source]
+            self.lengths[target] = self.lengths[source]
+        self.lengths = self.lengths[:len(rows)]
+
+    def regroup(self, rows, capacity):
+        """Row j becomes a copy of the old row rows[j] (repeats allowed) in new buffers of `capacity` positions.
+
+        One prefilled prompt becomes N rows, and after Check the pruned rows' memory is freed. Layer by layer, so that
+        the old and the new buffers never stand side by side whole.
+        """
+        if capacity < self.longest:
+            raise ValueError(f"KV cache: {self.longest} positions do not fit a capacity of {capacity}")
+        index = torch.tensor(rows, device=self.lengths.device)
+        for buffers in (self.keys, self.values):
+            for layer, old in enumerate(buffers):
+                buffers[layer] = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
+                buffers[layer][:, :, :self.longest] = old[index, :, :self.longest]
+        self.lengths = self.lengths[index]

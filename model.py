@@ -1,0 +1,549 @@
+"""The frozen reasoning model of the paper (section 5): Qwen2, Qwen3 and GPT-OSS decoders, by hand, from safetensors.
+
+    from model import load
+    model = load("path/or/hub-id", device="cpu", dtype=torch.float32)
+    hidden = model(ids)                  # (B, T) -> (B, T, hidden), after the final norm, no cache
+    hidden = model(ids, cache=cache)     # the same behind what each row of a KVCache already holds
+    logits = model.logits(hidden)
+
+Module names are checkpoint names. The config is read into one dataclass that refuses by name what is not built here.
+
+Letters: B rows, T new positions, S cached positions, H query heads, K key/value heads, G = H / K, D head_dim, E experts.
+"""
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from kvcache import KVCache
+from lora import Linear
+
+# ---------------------------------------------------------------------------------------------------------- the config
+
+USED = set("""model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
+    num_key_value_heads rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters
+    hidden_act attention_bias layer_types sliding_window use_sliding_window eos_token_id quantization_config""".split())
+USED_BY_GPT_OSS = {"num_local_experts", "num_experts_per_tok", "experts_per_token", "swiglu_limit", "swiglu_alpha"}
+# Keys that change no hidden state: where tokens come from, how training went, how a library stores or returns things.
+INERT = set("""architectures attention_dropout auto_map bos_token_id pad_token_id sep_token_id decoder_start_token_id dtype
+    torch_dtype initializer_range initial_context_length max_window_layers output_router_logits router_aux_loss_coef
+    transformers_version use_cache _name_or_path _attn_implementation _commit_hash unsloth_version return_dict
+    output_hidden_states output_attentions is_encoder_decoder is_decoder chunk_size_feed_forward id2label label2id
+    problem_type finetuning_task task_specific_params tokenizer_class name_or_path torchscript prefix""".split())
+ROPE_KEYS = set("""rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow truncate
+    attention_factor attn_factor partial_rotary_factor""".split())
+
+
+@dataclasses.dataclass
+class Config:
+    """What the decoder needs of config.json, in the spelling of transformers 4 or 5. Lengths are in tokens."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: dict                      # rope_type, rope_theta and YaRN's settings, defaults filled in
+    windows: tuple                  # per layer: how many keys a query sees, itself included; None = all
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False    # on q, k, v; GPT-OSS: on o as well
+    experts: int = 0                # GPT-OSS
+    experts_per_token: int = 0
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    quantized: bool = False         # experts stored as MXFP4
+    eos_ids: tuple = ()
+    # DeepSeek-R1-0528-Qwen3-8B carries attn_factor 0.878 = 1 / (0.1 ln 4 + 1) in rope_scaling. transformers ignores the
+    # key (cos and sin are scaled by 1.1386), vLLM multiplies by it (1.0). False follows transformers.
+    apply_attn_factor: bool = False
+
+    @classmethod
+    def from_dict(cls, raw, source="config.json", apply_attn_factor=False):
+        """Config from the content of a config.json. Raises ValueError naming the key it cannot honour."""
+
+        def refuse(key, found, expected):
+            raise ValueError(f"{source}: {key}: found {found!r}, expected {expected}")
+
+        def read(key, kind, default=None):
+            value = raw.get(key)
+            value = default if value is None else value
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind or (kind is not bool and value <= 0):
+                refuse(key, raw.get(key), f"a positive {kind.__name__}" if kind is not bool else "true or false")
+            return value
+
+        kind = raw.get("model_type")
+        if kind not in ("qwen2", "qwen3", "gpt_oss"):
+            refuse("model_type", kind, "qwen2, qwen3 or gpt_oss")
+        moe = kind == "gpt_oss"
+        for key in raw.keys() - USED - INERT - (USED_BY_GPT_OSS if moe else set()):
+            if raw[key] is not None:
+                refuse(key, raw[key], f"no such key: {kind} here does not know what it would change")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", raw["hidden_act"], "silu")
+        if not moe and raw.get("use_sliding_window"):
+            refuse("use_sliding_window", True, f"false: {kind} is built with full attention only")
+        if raw.get("attention_bias", kind != "qwen3") != (kind != "qwen3"):
+            refuse("attention_bias", raw["attention_bias"], f"{kind != 'qwen3'} for {kind}")
+        quantization = raw.get("quantization_config")
+        if quantization and not (moe and quantization.get("quant_method") == "mxfp4"):
+            refuse("quantization_config", quantization, "none, or quant_method mxfp4 on gpt_oss")
+
+        layers, heads = read("num_hidden_layers", int), read("num_attention_heads", int)
+        hidden, kv_heads = read("hidden_size", int), read("num_key_value_heads", int)
+        if heads % kv_heads:
+            refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+        head_dim = read("head_dim", int, hidden // heads if kind == "qwen2" else None)
+        if head_dim % 2:
+            refuse("head_dim", head_dim, "an even number, for RoPE's halves")
+        types = raw.get("layer_types") or (["sliding_attention", "full_attention"] * layers)[:layers] if moe else \
+            raw.get("layer_types") or ["full_attention"] * layers
+        if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+            refuse("layer_types", types, f"{layers} of full_attention or sliding_attention")
+        if not moe and "sliding_attention" in types:
+            refuse("layer_types", "sliding_attention", f"full_attention: {kind} is built with full attention only")
+        window = read("sliding_window", int) if "sliding_attention" in types else None
+        per_token = read("num_experts_per_tok", int, raw.get("experts_per_token")) if moe else 0
+        if moe and raw.get("experts_per_token", per_token) != per_token:
+            refuse("experts_per_token", raw["experts_per_token"], f"num_experts_per_tok = {per_token}")
+        eos = raw.get("eos_token_id")
+        limit = read("max_position_embeddings", int)
+        return cls(
+            kind, read("vocab_size", int), hidden, read("intermediate_size", int), layers, heads, kv_heads, head_dim,
+            read("rms_norm_eps", float), limit, _read_rope(raw, limit, refuse),
+            tuple(window if name == "sliding_attention" else None for name in types),
+            tie_word_embeddings=read("tie_word_embeddings", bool, False), attention_bias=kind != "qwen3",
+            experts=read("num_local_experts", int) if moe else 0, experts_per_token=per_token,
+            swiglu_limit=read("swiglu_limit", float, 7.0), swiglu_alpha=read("swiglu_alpha", float, 1.702),
+            quantized=bool(quantization), apply_attn_factor=apply_attn_factor,
+            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+def _read_rope(raw, max_positions, refuse):
+    """One dict of RoPE settings from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    found = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    for key in found.keys() - ROPE_KEYS:
+        refuse(f"rope_scaling.{key}", found[key], f"only {', '.join(sorted(ROPE_KEYS))}")
+    rope = {"rope_type": found.get("rope_type", found.get("type", "default")),
+            "rope_theta": found.get("rope_theta", raw.get("rope_theta"))}
+    if rope["rope_type"] not in ("default", "yarn"):
+        refuse("rope_type", rope["rope_type"], "default or yarn")
+    if found.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("partial_rotary_factor", found["partial_rotary_factor"], "1.0")
+    if rope["rope_type"] == "yarn":
+        rope |= {"original_max_position_embeddings": max_positions, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+        rope |= {key: value for key, value in found.items() if key not in ("type", "rope_type") and value is not None}
+        if "factor" not in rope:
+            refuse("rope_scaling.factor", None, "YaRN's factor, a positive number")
+    for key, value in rope.items():
+        if key not in ("rope_type", "truncate") and (type(value) not in (int, float) or value <= 0):
+            refuse(key, value, "a positive number")
+    return rope
+
+
+# ------------------------------------------------------------------------------------------------------- the arithmetic
+
+
+def rope_frequencies(config):
+    """RoPE's inverse frequencies (D / 2,) float32 and the factor on cos and sin; YaRN (arXiv 2309.00071) by parts."""
+    rope, dim = config.rope, config.head_dim
+    theta = float(rope["rope_theta"])
+    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / dim)
+    if rope["rope_type"] == "default":
+        return 1.0 / powers, 1.0
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+
+    def dimension(rotations):  # which dimension turns this often within the original context
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope["beta_fast"]), dimension(rope["beta_slow"])
+    if rope["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    if config.apply_attn_factor:
+        scale *= rope.get("attn_factor", 1.0)
+    return ramp / (factor * powers) + (1 - ramp) / powers, scale
+
+
+def rotate(x, cos, sin):
+    """RoPE on halves: x (B, T, heads, D); cos, sin (B, T, 1, D), sin negative in its first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q, k, v, mask, sinks=None):
+    """Grouped attention with softmax in float32: q (B, T, H, D), k and v (B, K, S, D), mask (B, T, S) -> (B, T, H * D).
+
+    `sinks` (H,): one more logit per head that joins the softmax and is dropped, so the weights on the keys shrink by
+    sigmoid(logsumexp(scores) - sink).
+    """
+    B, T, H, D = q.shape
+    K, G = k.shape[1], H // k.shape[1]
+    q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    scores = (q @ k.transpose(-1, -2) * D ** -0.5).view(B, K, G, T, -1)
+    scores = scores.float().masked_fill(~mask[:, None, None], float("-inf"))
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        weights = weights * torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sinks.view(K, G, 1, 1).float())
+    out = weights.to(v.dtype).view(B, K, G * T, -1) @ v
+    return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. Qwen rounds to the model's dtype before the weight, GPT-OSS after it (seen in bf16 only)."""
+
+    def __init__(self, size, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.round_first = config.rms_norm_eps, config.model_type != "gpt_oss"
+
+    def forward(self, x):
+        if self.round_first and x.dtype != torch.float32:
+            return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer, with Qwen3's per-head norms or GPT-OSS's sinks and window."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.head_dim, self.window = layer, D, config.windows[layer]
+        self.q_proj = Linear(config.hidden_size, heads * D, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * D, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * D, bias=config.attention_bias)
+        self.o_proj = Linear(heads * D, config.hidden_size, bias=config.model_type == "gpt_oss")
+        qwen3, gpt_oss = config.model_type == "qwen3", config.model_type == "gpt_oss"
+        self.q_norm, self.k_norm = (RMSNorm(D, config), RMSNorm(D, config)) if qwen3 else (None, None)
+        self.sinks = nn.Parameter(torch.zeros(heads)) if gpt_oss else None
+
+    def forward(self, x, place, lora=None, mask=None):
+        q = self.q_proj(x, lora, mask).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x, lora, mask).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x, lora, mask).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        k, v, visible = place.exchange(self.layer, self.window, k.transpose(1, 2), v.transpose(1, 2))
+        # a block of queries at a time: the scores of a long prefill would not fit memory at once
+        block = max(1, 2 ** 27 // (q.shape[0] * q.shape[2] * k.shape[2]))
+        out = [attend(q[:, t:t + block], k, v, visible[:, t:t + block], self.sinks) for t in range(0, q.shape[1], block)]
+        return self.o_proj(out[0] if len(out) == 1 else torch.cat(out, 1), lora, mask)
+
+
+class MLP(nn.Module):
+    """Qwen's gated feed-forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x, lora=None, mask=None):
+        return self.down_proj(F.silu(self.gate_proj(x, lora, mask)) * self.up_proj(x, lora, mask), lora, mask)
+
+
+class Experts(nn.Module):
+    """GPT-OSS's expert weights, [E, in, out]; even columns of gate_up are the gate, odd ones up."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, hidden, inner = config.experts, config.hidden_size, config.intermediate_size
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+        self.gate_up_proj = nn.Parameter(torch.empty(E, hidden, 2 * inner))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * inner))
+        self.down_proj = nn.Parameter(torch.empty(E, inner, hidden))
+        self.down_proj_bias = nn.Parameter(torch.zeros(E, hidden))
+
+    def _swiglu(self, gate_up):
+        gate, up = gate_up[..., ::2].clamp(max=self.limit), gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+    def forward(self, x, weights, chosen):
+        """x (N, hidden), weights and chosen (N, k): the weighted sum of the chosen experts, (N, hidden)."""
+        if len(x) <= 128:
+            # A decode step: nearly every expert is read anyway, so all are computed. No copy of weights, no host sync.
+            dense = x.new_zeros(len(x), len(self.down_proj)).scatter(1, chosen, weights)
+            inner = self._swiglu(torch.baddbmm(self.gate_up_proj_bias[:, None], x.expand(len(dense[0]), -1, -1),
+                                               self.gate_up_proj))
+            return torch.einsum("ne,enh->nh", dense, torch.baddbmm(self.down_proj_bias[:, None], inner, self.down_proj))
+        out = torch.zeros_like(x)
+        for e in range(len(self.down_proj)):
+            row, slot = torch.where(chosen == e)
+            inner = self._swiglu(torch.addmm(self.gate_up_proj_bias[e], x[row], self.gate_up_proj[e]))
+            y = torch.addmm(self.down_proj_bias[e], inner, self.down_proj[e])
+            out.index_add_(0, row, y * weights[row, slot, None])
+        return out
+
+
+class MoE(nn.Module):
+    """GPT-OSS's feed-forward: a router takes the top k logits and then their softmax; no adapter reaches it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.per_token = config.experts_per_token
+        self.router = nn.Linear(config.hidden_size, config.experts)
+        self.experts = Experts(config)
+
+    def forward(self, x, lora=None, mask=None):
+        flat = x.flatten(0, 1)
+        top, chosen = self.router(flat).topk(self.per_token, dim=-1)
+        return self.experts(flat, top.softmax(-1), chosen).view_as(x)
+
+
+class Layer(nn.Module):
+    """One decoder block, pre-norm, residual."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        self.mlp = MoE(config) if config.experts else MLP(config)
+
+    def forward(self, x, place, lora=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), place, lora, mask)
+        return x + self.mlp(self.post_attention_layernorm(x), lora, mask)
+
+
+class Place:
+    """Where T new positions stand: their angles, their cache slots, and what each may see. Made once a pass.
+
+    One rule, from absolute positions: a query sees the keys at or before it, within its window. New positions directly
+    follow a row's length, so dead slots (behind the length) are never at or before a query.
+    """
+
+    def __init__(self, cos, sin, positions, cache, span, windows):
+        """cos, sin (B, T, 1, D); positions (B, T); span: the keys of a pass lie in slots 0..span-1."""
+        self.cos, self.sin, self.cache = cos, sin, cache
+        count = positions.shape[1]
+        self.slots = None if cache is None else cache.slots(count)
+        self.seen = {}  # window -> (first slot to read, behind the last, mask (B, T, slots))
+        for window in set(windows):
+            start = 0 if cache is None or window is None else max(0, cache.shortest + 1 - window)
+            keys = torch.arange(start, span, device=positions.device)
+            mask = keys <= positions[..., None]
+            if window is not None:
+                mask &= keys > positions[..., None] - window
+            self.seen[window] = start, span, mask
+
+    def exchange(self, layer, window, k, v):
+        """Store a layer's new k, v (B, K, T, D); return the keys and values to attend to and the mask over them."""
+        start, stop, mask = self.seen[window]
+        if self.cache is None:
+            return k, v, mask
+        self.cache.write(layer, self.slots, k, v)
+        return *self.cache.read(layer, start, stop), mask
+
+
+class Decoder(nn.Module):
+    """A causal language model. Base weights are frozen by `load`; an adapter (lora.LoRA) may join a single pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config)})
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
+        frequencies, self.rope_scale = rope_frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def new_cache(self, rows, capacity):
+        """An empty KVCache of `rows` rows of at most `capacity` positions, in the model's dtype, on its device."""
+        c, weight = self.config, self.model.embed_tokens.weight
+        return KVCache(c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim, weight.device, weight.dtype)
+
+    def forward(self, ids, cache=None, lora=None, mask=None):
+        """Hidden states (B, T, hidden) after the final norm.
+
+        ids: (B, T) int64 token ids, or (B, T, hidden) input embeddings. With a cache the T positions follow each row's
+        length and are appended to it. lora, mask (B, T) bool: the adapter, and the positions where it acts.
+        """
+        hidden = self.run(ids, cache, None if cache is None else cache.longest + ids.shape[1], lora, mask)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return hidden
+
+    def run(self, ids, cache=None, span=None, lora=None, mask=None):
+        """`forward` without advancing the cache: what a CUDA graph captures. Reads cache slots 0..span-1."""
+        x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)
+        B, T = ids.shape[:2]
+        positions = torch.arange(T, device=ids.device).expand(B, T)
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]
+        angles = positions[..., None].float() * self.frequencies
+        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+        cos, sin = torch.cat((cos, cos), -1)[:, :, None].to(x.dtype), torch.cat((-sin, sin), -1)[:, :, None].to(x.dtype)
+        place = Place(cos, sin, positions, cache, T if cache is None else span, self.config.windows)
+        for layer in self.model.layers:
+            x = layer(x, place, lora, mask)
+        return self.model.norm(x)
+
+    def logits(self, hidden):
+        """Next-token logits (..., vocab) of hidden states (..., hidden)."""
+        return self.lm_head(hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loading
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def dequantize_mxfp4(blocks, scales, dtype=torch.bfloat16):
+    """MXFP4 weights: blocks (E, out, groups, 16) and scales (E, out, groups) uint8 -> (E, groups * 32, out).
+
+    A byte holds two codes, low nibble first; 32 codes share the scale 2 ** (byte - 127). One expert at a time.
+    """
+    E, rows, groups, _ = blocks.shape
+    weights = torch.empty(E, groups * 32, rows, dtype=dtype)
+    for e in range(E):
+        codes = torch.stack((blocks[e] & 15, blocks[e] >> 4), -1).view(rows, groups, 32)
+        values = torch.ldexp(FP4[codes.int()], scales[e, ..., None].int() - 127)
+        weights[e] = values.view(rows, groups * 32).T.to(torch.bfloat16)
+    return weights
+
+
+def find_folder(path):
+    """The local directory of a checkpoint: `path` itself, or a Hub id's files (fetched, or cached when offline)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise ValueError(f"{path}: no such directory, and not a Hub id (owner/name)")
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            str(path), allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["original/*", "metal/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: no such directory, and the Hub did not give it: {reason}") from error
+
+
+def read_json(file):
+    """The object in a JSON file. Raises ValueError naming the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: missing, so {file.parent} is not a checkpoint directory") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: found a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _open(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+
+
+def _tensor_files(folder):
+    """{tensor name: file} of a single or sharded checkpoint."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return dict.fromkeys(_open(single).keys(), single)
+    if not index.is_file():
+        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise ValueError(f"{index}: weight_map: expected an object of tensor names and shard files")
+    files = {}
+    for shard in sorted(set(listed.values())):
+        if Path(shard).name != shard or shard in (".", ".."):
+            raise ValueError(f"{index}: weight_map: shard {shard!r} points outside the checkpoint's directory")
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder / shard}: missing, but listed in {index.name}")
+        for name in _open(folder / shard).keys():
+            if listed.get(name) != shard:
+                raise ValueError(f"{folder / shard}: unexpected tensor {name}: {index.name} does not list it there")
+            files[name] = folder / shard
+    for name in listed.keys() - files.keys():
+        raise ValueError(f"{folder / listed[name]}: missing tensor {name}, which {index.name} lists there")
+    return files
+
+
+def _expected_shapes(model):
+    """{tensor name on disk: shape}: the model's own, with MXFP4 experts as blocks and scales, without a tied head."""
+    config = model.config
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    if config.quantized:
+        for name in [name for name in shapes if name.endswith(("gate_up_proj", "down_proj"))]:
+            E, inner, out = shapes.pop(name)
+            if inner % 32:
+                raise ValueError(f"config.json: MXFP4 {name} has {inner} inputs, expected a multiple of 32")
+            shapes[name + "_blocks"], shapes[name + "_scales"] = (E, out, inner // 32, 16), (E, out, inner // 32)
+    return shapes
+
+
+def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
+    """The Decoder of a checkpoint: a local directory or a Hub id. Frozen, in `dtype`, on `device`.
+
+    Strict both ways: a missing, unexpected or wrongly shaped tensor is a ValueError that names it, its file and both
+    shapes (a tied lm_head is the one exception: it may be absent or equal). Tensors are read one at a time, so host
+    memory stays below the finished model plus the largest shard.
+    """
+    folder = find_folder(path)
+    config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json", apply_attn_factor)
+    if (folder / "generation_config.json").is_file():  # its end tokens are what generation stops at
+        eos = read_json(folder / "generation_config.json").get("eos_token_id")
+        config.eos_ids = config.eos_ids if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    with torch.device("meta"):
+        model = Decoder(config)
+    files, shapes = _tensor_files(folder), _expected_shapes(model)
+    tied = config.tie_word_embeddings and files.pop("lm_head.weight", None)
+    for name in shapes.keys() - files.keys():
+        raise ValueError(f"{folder}: missing tensor {name}, expected with shape {list(shapes[name])}")
+    for name in files.keys() - shapes.keys():
+        raise ValueError(f"{files[name]}: unexpected tensor {name}: a {config.model_type} of this config has none")
+    opened = {file: _open(file) for file in set(files.values())}
+    for name, file in files.items():
+        part = opened[file].get_slice(name)
+        if tuple(part.get_shape()) != shapes[name]:
+            raise ValueError(f"{file}: {name}: found shape {part.get_shape()}, expected {list(shapes[name])}")
+        kinds = ("U8",) if name.endswith(("_blocks", "_scales")) else ("F32", "F16", "BF16")
+        if part.get_dtype() not in kinds:
+            raise ValueError(f"{file}: {name}: found dtype {part.get_dtype()}, expected {' or '.join(kinds)}")
+    state = {}
+    for name, file in files.items():
+        if name.endswith("_scales"):
+            continue  # read together with its blocks, which may lie in another shard
+        tensor = opened[file].get_tensor(name)
+        if name.endswith("_blocks"):
+            name = name.removesuffix("_blocks")
+            tensor = dequantize_mxfp4(tensor, opened[files[name + "_scales"]].get_tensor(name + "_scales"), dtype)
+        state[name] = tensor.to(device=device, dtype=dtype)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        if tied and not torch.equal(_open(tied).get_tensor("lm_head.weight").to(device, dtype), state["lm_head.weight"]):
+            raise ValueError(f"{tied}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true")
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).to(device)

@@ -1,0 +1,424 @@
+"""Tokens in and out: tokenizer, chat formats, and batched sampling on the static cache (paper, section 5: settings).
+
+    python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
+
+A path's randomness belongs to the path: its number for position t is a hash of (seed, prompt, path index, t), so a path
+comes out the same whatever else is in the batch. Rows that end leave the batch at once: work done is work counted.
+"""
+import argparse
+import dataclasses
+import json
+import resource
+import sys
+import time
+import typing
+
+import tokenizers
+import torch
+from huggingface_hub.utils import tqdm
+from tokenizers.decoders import DecodeStream
+
+from model import find_folder, load, read_json
+
+# ------------------------------------------------------------------------------------------------------------ the noise
+
+MASK64 = (1 << 64) - 1
+GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def mix(x):
+    """splitmix64 of a Python int: 64 bits in, 64 well-mixed bits out."""
+    x = (x + GOLDEN) & MASK64
+    x = ((x ^ x >> 30) * MIX1) & MASK64
+    x = ((x ^ x >> 27) * MIX2) & MASK64
+    return x ^ x >> 31
+
+
+def path_key(seed, prompt_ids, index):
+    """The 64-bit key of path `index` of a prompt: splitmix64 folded over seed, prompt ids and index."""
+    key = mix(seed & MASK64)
+    for token in prompt_ids:
+        key = mix(key ^ token)
+    return mix(key ^ index)
+
+
+def _signed(x):
+    return x - (1 << 64) if x >> 63 else x
+
+
+def uniform(keys, position):
+    """One number in [0, 1) per key: the top 53 bits of splitmix64(key ^ position), as tensor operations.
+
+    keys: (B,) int64 (the bits of `path_key`), position: int -> (B,) float64.
+    """
+    def shift(z, bits):  # logical, where >> on int64 repeats the sign
+        return (z >> bits) & ((1 << 64 - bits) - 1)
+
+    z = (keys ^ position) + _signed(GOLDEN)
+    z = (z ^ shift(z, 30)) * _signed(MIX1)
+    z = (z ^ shift(z, 27)) * _signed(MIX2)
+    return shift(z ^ shift(z, 31), 11).double() * 2.0 ** -53
+
+
+# --------------------------------------------------------------------------------------------------- the distribution
+
+
+def check_sampling(temperature, top_k, top_p):
+    """Raise ValueError on settings that describe no distribution."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: found {temperature}, expected a number >= 0")
+    if top_k < 0:
+        raise ValueError(f"top-k: found {top_k}, expected an integer >= 0 (0 = off)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p: found {top_p}, expected a number in (0, 1] (1 = off)")
+
+
+def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
+    """Sampling probabilities (..., V) float32 of logits (..., V): temperature, then top-k, then top-p, then softmax.
+
+    Top-k keeps the k largest; top-p the smallest set of the largest that holds a mass of p. A token that ties with the
+    last one kept stays, in both. top_k=0 and top_p=1.0 are off; temperature 0 is one-hot at the largest logit.
+    """
+    check_sampling(temperature, top_k, top_p)
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    size = logits.shape[-1]
+    top_k = min(top_k, size) or size
+    if top_k == size and top_p == 1:
+        return logits.softmax(-1)
+    largest = logits.topk(top_k, dim=-1).values  # (..., k), descending
+    weights = logits.exp().masked_fill_(logits < largest[..., -1:], 0.0)
+    if top_p < 1:
+        sizes = largest.exp()
+        before = sizes.cumsum(-1) - sizes
+        last = (before < top_p * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
+        weights.masked_fill_(logits < largest.gather(-1, last), 0.0)
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def draw(probs, noise):
+    """The smallest token whose cumulative probability exceeds noise * total: probs (B, V), noise (B,) -> (B,) int64."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ the paths
+
+
+@dataclasses.dataclass
+class Path:
+    """One sampled path. `ids` are its new tokens only, an end token included."""
+
+    prompt_ids: list
+    index: int                     # which path of its prompt: with seed and prompt it fixes the path's noise
+    ids: list = dataclasses.field(default_factory=list)
+    status: str = "running"        # running, pruned, eos, length
+    score: float | None = None     # chance to end right, once checked
+
+
+class Batch:
+    """Paths decoded together on one static cache: row r of the cache is `live[r]`; all have `steps` new tokens.
+
+    `decoded` counts rows x steps as computed. Between calls the newest token of each row is not yet in the cache;
+    `settle` puts it there. On CUDA a step replays a captured graph; a graph fits one number of rows, so ended rows
+    leave in groups of 8 there, at once elsewhere.
+    """
+
+    def __init__(self, model, paths, capacity, seed=0, temperature=0.6, top_k=40, top_p=0.95, eos_ids=None, bar=None,
+                 on_end=None):
+        check_sampling(temperature, top_k, top_p)
+        self.model, self.live, self.bar, self.on_end = model, list(paths), bar, on_end
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
+        self.device = model.lm_head.weight.device
+        self.group = 8 if self.device.type == "cuda" else 1
+        self.keys = torch.tensor([_signed(path_key(seed, path.prompt_ids, path.index)) for path in paths],
+                                 device=self.device)
+        self.steps = self.decoded = 0
+        self.pending = None  # (B,) tokens sampled, not yet in the cache
+        self.graphs = {}     # (rows, slots read) -> a captured step
+        self._prefill(capacity)
+
+    def _prefill(self, capacity):
+        """Every different prompt once, right-padded, then its cache row copied to each of its paths."""
+        prompts = list(dict.fromkeys(tuple(path.prompt_ids) for path in self.live))
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, :len(prompt)] = torch.tensor(prompt)
+        self.cache = self.model.new_cache(len(prompts), max(lengths))
+        hidden = self.model(ids.to(self.device), cache=self.cache)
+        self.cache.truncate(lengths)
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        rows = [row_of[tuple(path.prompt_ids)] for path in self.live]
+        self.cache.regroup(rows, capacity)
+        self.hidden = hidden[rows, [lengths[row] - 1 for row in rows]]  # (B, hidden): the next token is drawn from it
+
+    def decode(self, until):
+        """Go on until every path has ended or holds `until` new tokens; then only running paths are live."""
+        while self.live and self.steps < until:
+            self.settle()
+            probs = probabilities(self.model.logits(self.hidden), self.temperature, self.top_k, self.top_p)
+            self.pending = draw(probs, uniform(self.keys, self.steps))
+            self.steps += 1
+            self.decoded += len(self.live)
+            for path, token in zip(self.live, self.pending.tolist()):  # the step's one wait for the device
+                if path.status == "running":
+                    path.ids.append(token)
+                    if token in self.eos_ids:
+                        self.end(path, "eos", until - self.steps)
+            running = [row for row, path in enumerate(self.live) if path.status == "running"]
+            if self.bar is not None:
+                self.bar.update(len(running))
+            if len(running) + self.group <= len(self.live) or not running or self.steps == until:
+                self.retain(running)
+
+    def end(self, path, status, unused=0):
+        """A path has ended, `unused` tokens before the limit that the progress bar reckons with."""
+        path.status = status
+        if self.bar is not None:
+            self.bar.total -= unused
+        if self.on_end is not None:
+            self.on_end(path)
+
+    def settle(self):
+        """Put the newest tokens into the cache, so that it holds every path as far as it has come."""
+        if self.pending is not None and self.live:
+            self.hidden = self._replay(self.pending) if self.device.type == "cuda" else \
+                self.model(self.pending[:, None], cache=self.cache)[:, 0]
+        self.pending = None
+
+    def retain(self, rows):
+        """Go on with these rows only (a list). A row moves only into the place of one that left."""
+        count = len(rows)
+        holes = sorted(set(range(count)).difference(rows))
+        order = list(range(count))
+        for hole, row in zip(holes, [row for row in rows if row >= count]):
+            order[hole] = row
+        self.live = [self.live[row] for row in order]
+        self.cache.keep(order)
+        self.keys, self.hidden = self.keys[order], self.hidden[order]
+        if self.pending is not None:
+            self.pending = self.pending[order]
+
+    def resize(self, capacity):
+        """New cache buffers for the live rows only, of `capacity` positions; the old ones are freed."""
+        self.cache.regroup(range(len(self.live)), capacity)
+        self.graphs.clear()  # they read the old buffers
+
+    def _replay(self, tokens):
+        """One decode step as a CUDA graph: tokens (B,) -> hidden (B, hidden). Slots are read in blocks of 256."""
+        cache, capacity = self.cache, self.cache.capacity
+        shape = cache.rows, min(capacity, (cache.longest // 256 + 1) * 256)
+        if shape not in self.graphs:
+            fed, graph, stream = tokens.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # warm-up; it writes the slots that the replay writes again
+                self.model.run(fed[:, None], cache, shape[1])
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                hidden = self.model.run(fed[:, None], cache, shape[1])[:, 0]
+            self.graphs[shape] = graph, fed, hidden
+        graph, fed, hidden = self.graphs[shape]
+        fed.copy_(tokens)
+        graph.replay()
+        cache.advance(1)
+        return hidden
+
+
+def check_prompts(model, prompts, longest):
+    """Raise ValueError unless every prompt is a non-empty list of known token ids that leaves room for `longest` more."""
+    vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i}: found no token, expected at least one")
+        if len(prompt) + longest > limit:
+            raise ValueError(f"prompt {i}: {len(prompt)} tokens and {longest} new ones exceed the context of {limit}")
+        for token in prompt:
+            if not 0 <= token < vocab:
+                raise ValueError(f"prompt {i}: token id {token} lies outside the vocabulary of {vocab}")
+
+
+@torch.inference_mode()
+def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95, seed=0, eos_ids=None,
+             batch=None, bar=None, on_end=None):
+    """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
+
+    eos_ids: end tokens, the model's own if None, none if empty. batch: at most so many rows at a time (None: all), which
+    changes no token. bar: a tqdm counting tokens. on_end(path) is called as each path ends. Raises ValueError on bad
+    settings, a prompt beyond the context, or a token id outside the vocabulary.
+    """
+    check_sampling(temperature, top_k, top_p)
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", 1 if batch is None else batch)):
+        if value < 1:
+            raise ValueError(f"{name}: found {value}, expected at least 1")
+    check_prompts(model, prompts, max_new_tokens)
+    paths = [[Path(list(prompt), index) for index in range(n)] for prompt in prompts]
+    waiting = [path for group in paths for path in group]
+    while waiting:
+        wave, waiting = waiting[:batch], waiting[batch:] if batch else []
+        capacity = max(len(path.prompt_ids) for path in wave) + max_new_tokens
+        rows = Batch(model, wave, capacity, seed, temperature, top_k, top_p, eos_ids, bar, on_end)
+        rows.decode(max_new_tokens)
+        for path in rows.live:
+            rows.end(path, "length")
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------ text and tokens
+
+HARMONY_SYSTEM = ("You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+                  "Current date: 2025-08-05\n\nReasoning: {effort}\n\n# Valid channels: analysis, commentary, final. "
+                  "Channel must be included for every message.")
+FORMATS = ("raw", "r1", "chatml", "harmony")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json, and its chat format: told from its special tokens, or given by `chat_format`.
+
+    r1 = DeepSeek-R1-Distill, chatml = Qwen, harmony = gpt-oss, raw = the text as it is. `path`: a checkpoint directory
+    or Hub id. Raises ValueError where it has no tokenizer or the format's tokens are not in it.
+    """
+
+    def __init__(self, path, chat_format=None):
+        folder = find_folder(path)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder / 'tokenizer.json'}: missing")
+        try:
+            self.library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from None
+        marks = {"harmony": ("<|start|>", "<|channel|>", "<|message|>"), "r1": ("<\uff5cUser\uff5c>",
+                 "<\uff5cAssistant\uff5c>"), "chatml": ("<|im_start|>", "<|im_end|>"), "raw": ()}
+        has = {name: all(self.library.token_to_id(mark) is not None for mark in marks[name]) for name in marks}
+        self.format = chat_format or next(name for name in marks if has[name])
+        if not has.get(self.format):
+            raise ValueError(f"chat format: found {self.format!r}, expected one of {[name for name in has if has[name]]} "
+                             f"by the tokens of {folder}")
+        config = folder / "tokenizer_config.json"
+        template = (read_json(config).get("chat_template") if config.is_file() else None) or ""
+        if not template and (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        # R1-Distill opens the thinking for the model. Where a checkpoint brings a template, that one is believed.
+        opens = "<\uff5cAssistant\uff5c><think>" in str(template) if template else True
+        self.opening = "<think>\n" if self.format == "r1" and opens else ""
+
+    def encode(self, text):
+        """Token ids of a text; special tokens in it are read as such, none are added."""
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, skip_special_tokens=False):
+        """The text of token ids."""
+        return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def prompt(self, text, effort="medium"):
+        """Token ids of a user's message in the chat format, up to where the model goes on. effort: harmony's reasoning."""
+        if self.format == "r1":
+            text = f"<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>{text}<\uff5cAssistant\uff5c>{self.opening}"
+        elif self.format == "chatml":
+            text = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        elif self.format == "harmony":
+            text = (f"<|start|>system<|message|>{HARMONY_SYSTEM.format(effort=effort)}<|end|>"
+                    f"<|start|>user<|message|>{text}<|end|><|start|>assistant")
+        return self.encode(text)
+
+    def completion(self, path):
+        """A path's text as a grader reads it: with the <think> that the prompt has opened, special tokens left in."""
+        return self.opening + self.decode(path.ids)
+
+    def stream(self):
+        """A function that takes one token id and returns the text it completes, "" inside a character."""
+        state = DecodeStream(skip_special_tokens=False)
+        return lambda token: state.step(self.library, token) or ""
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def option(default, text):
+    """A dataclass field with its default and its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def command_line(settings, main, argv=None):
+    """Run main(settings(...)) with one flag per dataclass field; unknown flags are errors.
+
+    A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 2.
+    """
+    parser = argparse.ArgumentParser(description=(sys.modules[settings.__module__].__doc__ or "").strip(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(settings):
+        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)] or [field.type]
+        how = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else {"type": kinds[0]}
+        required = field.default is dataclasses.MISSING
+        text = field.metadata["help"] + ("" if required or field.default is None else f" [{field.default}]")
+        parser.add_argument("--" + field.name.replace("_", "-"), required=required, help=text,
+                            default=None if required else field.default, **how)
+    try:
+        main(settings(**vars(parser.parse_args(argv))))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclasses.dataclass
+class Settings:
+    """What `python sample.py` can be told; the paper's sampling settings are the defaults."""
+
+    prompt: str = option(dataclasses.MISSING, "the user's message")
+    model: str = option("toy", "checkpoint directory or Hub id")
+    n: int = option(8, "paths")
+    max_new_tokens: int | None = option(None, "limit of a path (default: what the context leaves, at most 16384)")
+    temperature: float = option(0.6, "0 = greedy")
+    top_k: int = option(40, "0 = off")
+    top_p: float = option(0.95, "1 = off")
+    seed: int = option(0, "of all randomness")
+    batch: int | None = option(None, "rows at a time, where all do not fit memory (changes no token)")
+    chat_format: str | None = option(None, "raw, r1, chatml or harmony (default: by the tokenizer's special tokens)")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")
+
+
+def torch_dtype(name):
+    """The torch dtype of that name. Raises ValueError on others than the three that models run in."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: found {name!r}, expected float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def room(model, prompt_ids, limit=None):
+    """How many new tokens a path may have: `limit`, or what the context leaves, at most the paper's 16,384."""
+    return limit or max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids)))
+
+
+def peak_memory(device):
+    """Bytes at the peak: the device's allocations on CUDA, the whole process elsewhere."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(settings):
+    """Print n paths as they end; the last line is one JSON object."""
+    print(f"settings: {json.dumps(dataclasses.asdict(settings))}")
+    model = load(settings.model, settings.device, torch_dtype(settings.dtype))
+    tokenizer = Tokenizer(settings.model, settings.chat_format)
+    prompt_ids = tokenizer.prompt(settings.prompt)
+    limit = room(model, prompt_ids, settings.max_new_tokens)
+
+    def show(path):
+        tqdm.write(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{tokenizer.decode(path.ids)}")
+
+    start = time.perf_counter()
+    with tqdm(total=max(0, settings.n) * limit, unit="tok", disable=None) as bar:
+        (paths,) = generate(model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k, settings.top_p,
+                            settings.seed, batch=settings.batch, bar=bar, on_end=show)
+    seconds, tokens = time.perf_counter() - start, sum(len(path.ids) for path in paths)
+    print(json.dumps({"tokens": tokens, "seconds": round(seconds, 3), "tok_per_s": round(tokens / seconds, 1),
+                      "peak_memory_bytes": peak_memory(settings.device)}))
+
+
+if __name__ == "__main__":
+    command_line(Settings, main)
