@@ -51,14 +51,16 @@ class KVCache:
         return lines + self.lengths[:, None, None] + torch.arange(count, device=device)
 
     def write(self, layer, slots, keys, values):
-        """Put keys and values (B, K, T, D) at `slots` (B, K, T); the lengths stay as they are."""
-        head_dim = keys.shape[-1]
-        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            buffer.view(-1, head_dim).index_copy_(0, slots.reshape(-1), new.reshape(-1, head_dim))
+        """Put keys and values (B, K, T, D) at `slots` (B, K, T); the lengths stay. Returns the buffers written.
 
-    def read(self, layer, start, stop):
-        """Views (B, K, stop - start, D) of the keys and values of positions start..stop-1; nothing is copied."""
-        return (self.keys[layer][:self.rows, :, start:stop], self.values[layer][:self.rows, :, start:stop])
+        Where a gradient must flow to the new positions (training [STOP]) the write goes to copies, not to the cache.
+        """
+        index, written = slots.flatten(), []
+        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            lines, new = buffer.view(-1, buffer.shape[-1]), new.reshape(-1, buffer.shape[-1])
+            lines = lines.index_copy(0, index, new) if new.requires_grad else lines.index_copy_(0, index, new)
+            written.append(lines.view_as(buffer))
+        return written
 
     def advance(self, count):
         """The `count` positions written behind every row now belong to it."""
@@ -108,3 +110,43 @@ class KVCache:
                 buffers[layer] = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
                 buffers[layer][:, :, :self.longest] = old[index, :, :self.longest]
         self.lengths = self.lengths[index]
+
+
+class Place:
+    """Where T new positions of each row stand: their angles, cache slots, and the keys each may see. Made once a pass.
+
+    One rule, from absolute positions: a query sees the keys at or before it, within its window. New positions directly
+    follow a row's length, so dead slots (behind the length) are never at or before a query. `span`: the keys of the
+    pass lie in slots 0..span-1. `cache` None: the pass stands alone.
+    """
+
+    def __init__(self, rows, count, cache, span, windows, device):
+        self.cache, self.positions = cache, torch.arange(count, device=device).expand(rows, count)
+        if cache is not None:
+            self.positions = self.positions + cache.lengths[:, None]
+            self.slots = cache.slots(count)
+        self.seen = {}  # window -> (first slot to read, behind the last, mask (B, T, slots))
+        for window in set(windows):
+            start = 0 if cache is None or window is None else max(0, cache.shortest + 1 - window)
+            keys = torch.arange(start, span, device=device)
+            mask = keys <= self.positions[..., None]
+            if window is not None:
+                mask = mask & (keys > self.positions[..., None] - window)
+            self.seen[window] = start, span, mask
+
+    def turn(self, frequencies, scale, dtype):
+        """RoPE's cos and sin at these positions, (B, T, 1, D) each, from frequencies (D / 2,); sin's first half negative."""
+        angles = self.positions[..., None, None].float() * frequencies
+        cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def rotate(self, x):
+        """RoPE on halves: x (B, T, heads, D)."""
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+
+    def exchange(self, layer, window, k, v):
+        """Store a layer's new k, v (B, K, T, D); return the keys and values to attend to, as views, and their mask."""
+        start, stop, mask = self.seen[window]
+        if self.cache is not None:
+            k, v = (buffer[:len(mask), :, start:stop] for buffer in self.cache.write(layer, self.slots, k, v))
+        return k, v, mask

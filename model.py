@@ -1,14 +1,12 @@
 """The frozen reasoning model of the paper (section 5): Qwen2, Qwen3 and GPT-OSS decoders, by hand, from safetensors.
 
-    from model import load
-    model = load("path/or/hub-id", device="cpu", dtype=torch.float32)
-    hidden = model(ids)                  # (B, T) -> (B, T, hidden), after the final norm, no cache
-    hidden = model(ids, cache=cache)     # the same behind what each row of a KVCache already holds
+    model = load("directory or Hub id", device="cpu", dtype=torch.float32)
+    hidden = model(ids)                  # (B, T) -> (B, T, hidden) after the final norm, no cache
+    hidden = model(ids, cache=cache)     # the same, behind what each row of a KVCache already holds
     logits = model.logits(hidden)
 
-Module names are checkpoint names. The config is read into one dataclass that refuses by name what is not built here.
-
-Letters: B rows, T new positions, S cached positions, H query heads, K key/value heads, G = H / K, D head_dim, E experts.
+Module names are checkpoint names. Letters: B rows, T new positions, S cached positions, H query heads, K key/value
+heads, G = H / K, D head_dim, E experts.
 """
 import dataclasses
 import json
@@ -19,28 +17,25 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
-
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from kvcache import KVCache
+from kvcache import KVCache, Place
 from lora import Linear
-
-# ---------------------------------------------------------------------------------------------------------- the config
 
 USED = set("""model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
     num_key_value_heads rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters
     hidden_act attention_bias layer_types sliding_window use_sliding_window eos_token_id quantization_config""".split())
 USED_BY_GPT_OSS = {"num_local_experts", "num_experts_per_tok", "experts_per_token", "swiglu_limit", "swiglu_alpha"}
 # Keys that change no hidden state: where tokens come from, how training went, how a library stores or returns things.
-INERT = set("""architectures attention_dropout auto_map bos_token_id pad_token_id sep_token_id decoder_start_token_id dtype
-    torch_dtype initializer_range initial_context_length max_window_layers output_router_logits router_aux_loss_coef
-    transformers_version use_cache _name_or_path _attn_implementation _commit_hash unsloth_version return_dict
+INERT = set("""architectures attention_dropout auto_map bos_token_id pad_token_id sep_token_id decoder_start_token_id
+    dtype torch_dtype initializer_range initial_context_length max_window_layers output_router_logits use_cache prefix
+    router_aux_loss_coef transformers_version _name_or_path name_or_path _attn_implementation _commit_hash return_dict
     output_hidden_states output_attentions is_encoder_decoder is_decoder chunk_size_feed_forward id2label label2id
-    problem_type finetuning_task task_specific_params tokenizer_class name_or_path torchscript prefix""".split())
+    problem_type finetuning_task task_specific_params tokenizer_class torchscript unsloth_version""".split())
 ROPE_KEYS = set("""rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow truncate
-    attention_factor attn_factor partial_rotary_factor""".split())
+    attention_factor attn_factor""".split())
 
 
 @dataclasses.dataclass
@@ -57,16 +52,15 @@ class Config:
     head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
-    rope: dict                      # rope_type, rope_theta and YaRN's settings, defaults filled in
-    windows: tuple                  # per layer: how many keys a query sees, itself included; None = all
+    rope: dict                # rope_type, rope_theta, and YaRN's settings
+    windows: tuple            # per layer: how many keys a query sees, itself included; None = all
     tie_word_embeddings: bool = False
-    attention_bias: bool = False    # on q, k, v; GPT-OSS: on o as well
-    experts: int = 0                # GPT-OSS
+    experts: int = 0          # GPT-OSS
     experts_per_token: int = 0
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702
-    quantized: bool = False         # experts stored as MXFP4
-    eos_ids: tuple = ()
+    quantized: bool = False   # experts stored as MXFP4
+    eos_ids: tuple = ()       # where generation stops
     # DeepSeek-R1-0528-Qwen3-8B carries attn_factor 0.878 = 1 / (0.1 ln 4 + 1) in rope_scaling. transformers ignores the
     # key (cos and sin are scaled by 1.1386), vLLM multiplies by it (1.0). False follows transformers.
     apply_attn_factor: bool = False
@@ -75,88 +69,70 @@ class Config:
     def from_dict(cls, raw, source="config.json", apply_attn_factor=False):
         """Config from the content of a config.json. Raises ValueError naming the key it cannot honour."""
 
-        def refuse(key, found, expected):
+        def refuse(key, expected, found=None):
+            found = raw.get(key) if found is None else found
             raise ValueError(f"{source}: {key}: found {found!r}, expected {expected}")
 
         def read(key, kind, default=None):
-            value = raw.get(key)
-            value = default if value is None else value
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind or (kind is not bool and value <= 0):
-                refuse(key, raw.get(key), f"a positive {kind.__name__}" if kind is not bool else "true or false")
+            value = default if raw.get(key) is None else raw[key]
+            if type(value) not in ((int, float) if kind is float else (kind,)) or kind is not bool and value <= 0:
+                refuse(key, f"a positive {kind.__name__}" if kind is not bool else "true or false")
             return value
 
-        kind = raw.get("model_type")
+        kind, quantization = raw.get("model_type"), raw.get("quantization_config") or {}
         if kind not in ("qwen2", "qwen3", "gpt_oss"):
-            refuse("model_type", kind, "qwen2, qwen3 or gpt_oss")
-        moe = kind == "gpt_oss"
+            refuse("model_type", "qwen2, qwen3 or gpt_oss")
+        moe, biased = kind == "gpt_oss", kind != "qwen3"
         for key in raw.keys() - USED - INERT - (USED_BY_GPT_OSS if moe else set()):
             if raw[key] is not None:
-                refuse(key, raw[key], f"no such key: {kind} here does not know what it would change")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", raw["hidden_act"], "silu")
-        if not moe and raw.get("use_sliding_window"):
-            refuse("use_sliding_window", True, f"false: {kind} is built with full attention only")
-        if raw.get("attention_bias", kind != "qwen3") != (kind != "qwen3"):
-            refuse("attention_bias", raw["attention_bias"], f"{kind != 'qwen3'} for {kind}")
-        quantization = raw.get("quantization_config")
-        if quantization and not (moe and quantization.get("quant_method") == "mxfp4"):
-            refuse("quantization_config", quantization, "none, or quant_method mxfp4 on gpt_oss")
-
+                refuse(key, f"no such key: it is not known what it changes in a {kind}")
         layers, heads = read("num_hidden_layers", int), read("num_attention_heads", int)
-        hidden, kv_heads = read("hidden_size", int), read("num_key_value_heads", int)
-        if heads % kv_heads:
-            refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads = {heads}")
+        kv_heads, hidden = read("num_key_value_heads", int), read("hidden_size", int)
         head_dim = read("head_dim", int, hidden // heads if kind == "qwen2" else None)
-        if head_dim % 2:
-            refuse("head_dim", head_dim, "an even number, for RoPE's halves")
-        types = raw.get("layer_types") or (["sliding_attention", "full_attention"] * layers)[:layers] if moe else \
-            raw.get("layer_types") or ["full_attention"] * layers
-        if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
-            refuse("layer_types", types, f"{layers} of full_attention or sliding_attention")
-        if not moe and "sliding_attention" in types:
-            refuse("layer_types", "sliding_attention", f"full_attention: {kind} is built with full attention only")
-        window = read("sliding_window", int) if "sliding_attention" in types else None
+        full, sliding = "full_attention", "sliding_attention"
+        types = raw.get("layer_types") or ([sliding if moe else full, full] * layers)[:layers]
         per_token = read("num_experts_per_tok", int, raw.get("experts_per_token")) if moe else 0
-        if moe and raw.get("experts_per_token", per_token) != per_token:
-            refuse("experts_per_token", raw["experts_per_token"], f"num_experts_per_tok = {per_token}")
-        eos = raw.get("eos_token_id")
-        limit = read("max_position_embeddings", int)
+        for key, fine, expected in (
+                ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
+                ("attention_bias", raw.get("attention_bias", biased) == biased, f"{biased} for {kind}"),
+                ("use_sliding_window", moe or not raw.get("use_sliding_window"), f"false for {kind}"),
+                ("layer_types", len(types) == layers and set(types) <= ({full, sliding} if moe else {full}),
+                 f"{layers} of {full}" + moe * f" or {sliding}"),
+                ("num_key_value_heads", heads % kv_heads == 0, f"a divisor of num_attention_heads = {heads}"),
+                ("head_dim", head_dim % 2 == 0, "an even number, for RoPE's halves"),
+                ("experts_per_token", raw.get("experts_per_token", per_token) == per_token, f"{per_token} as in "
+                 "num_experts_per_tok"),
+                ("quantization_config", not quantization or moe and quantization.get("quant_method") == "mxfp4",
+                 "none, or quant_method mxfp4 on gpt_oss")):
+            if not fine:
+                refuse(key, expected)
+        window = read("sliding_window", int) if sliding in types else None
         return cls(
             kind, read("vocab_size", int), hidden, read("intermediate_size", int), layers, heads, kv_heads, head_dim,
-            read("rms_norm_eps", float), limit, _read_rope(raw, limit, refuse),
-            tuple(window if name == "sliding_attention" else None for name in types),
-            tie_word_embeddings=read("tie_word_embeddings", bool, False), attention_bias=kind != "qwen3",
+            read("rms_norm_eps", float), read("max_position_embeddings", int), _read_rope(raw, refuse),
+            tuple(window if name == sliding else None for name in types),
+            tie_word_embeddings=read("tie_word_embeddings", bool, False), quantized=bool(quantization),
             experts=read("num_local_experts", int) if moe else 0, experts_per_token=per_token,
             swiglu_limit=read("swiglu_limit", float, 7.0), swiglu_alpha=read("swiglu_alpha", float, 1.702),
-            quantized=bool(quantization), apply_attn_factor=apply_attn_factor,
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,))
+            apply_attn_factor=apply_attn_factor)
 
 
-def _read_rope(raw, max_positions, refuse):
-    """One dict of RoPE settings from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+def _read_rope(raw, refuse):
+    """RoPE's settings from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5), with defaults."""
     found = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    for key in found.keys() - ROPE_KEYS:
-        refuse(f"rope_scaling.{key}", found[key], f"only {', '.join(sorted(ROPE_KEYS))}")
-    rope = {"rope_type": found.get("rope_type", found.get("type", "default")),
-            "rope_theta": found.get("rope_theta", raw.get("rope_theta"))}
+    rope = {"rope_type": found.pop("type", "default"), "rope_theta": raw.get("rope_theta"), "factor": None,
+            "original_max_position_embeddings": raw.get("max_position_embeddings"), "beta_fast": 32, "beta_slow": 1,
+            "truncate": True}
+    rope |= {key: value for key, value in found.items() if value is not None}
     if rope["rope_type"] not in ("default", "yarn"):
-        refuse("rope_type", rope["rope_type"], "default or yarn")
-    if found.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", found["partial_rotary_factor"], "1.0")
-    if rope["rope_type"] == "yarn":
-        rope |= {"original_max_position_embeddings": max_positions, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
-        rope |= {key: value for key, value in found.items() if key not in ("type", "rope_type") and value is not None}
-        if "factor" not in rope:
-            refuse("rope_scaling.factor", None, "YaRN's factor, a positive number")
+        refuse("rope_type", "default or yarn", rope["rope_type"])
     for key, value in rope.items():
-        if key not in ("rope_type", "truncate") and (type(value) not in (int, float) or value <= 0):
-            refuse(key, value, "a positive number")
+        if key not in ROPE_KEYS:
+            refuse(f"rope_scaling.{key}", f"only {', '.join(sorted(ROPE_KEYS))}", value)
+        needed = rope["rope_type"] == "yarn" or key == "rope_theta"
+        if needed and key not in ("rope_type", "truncate") and (type(value) not in (int, float) or value <= 0):
+            refuse(f"rope_scaling.{key}" if key in found else key, "a positive number", value)
     return rope
-
-
-# ------------------------------------------------------------------------------------------------------- the arithmetic
 
 
 def rope_frequencies(config):
@@ -180,11 +156,6 @@ def rope_frequencies(config):
     if config.apply_attn_factor:
         scale *= rope.get("attn_factor", 1.0)
     return ramp / (factor * powers) + (1 - ramp) / powers, scale
-
-
-def rotate(x, cos, sin):
-    """RoPE on halves: x (B, T, heads, D); cos, sin (B, T, 1, D), sin negative in its first half."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q, k, v, mask, sinks=None):
@@ -225,27 +196,27 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         heads, kv_heads, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim, self.window = layer, D, config.windows[layer]
-        self.q_proj = Linear(config.hidden_size, heads * D, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, kv_heads * D, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, kv_heads * D, bias=config.attention_bias)
-        self.o_proj = Linear(heads * D, config.hidden_size, bias=config.model_type == "gpt_oss")
         qwen3, gpt_oss = config.model_type == "qwen3", config.model_type == "gpt_oss"
+        self.layer, self.head_dim, self.window = layer, D, config.windows[layer]
+        self.q_proj = Linear(config.hidden_size, heads * D, bias=not qwen3)
+        self.k_proj = Linear(config.hidden_size, kv_heads * D, bias=not qwen3)
+        self.v_proj = Linear(config.hidden_size, kv_heads * D, bias=not qwen3)
+        self.o_proj = Linear(heads * D, config.hidden_size, bias=gpt_oss)
         self.q_norm, self.k_norm = (RMSNorm(D, config), RMSNorm(D, config)) if qwen3 else (None, None)
         self.sinks = nn.Parameter(torch.zeros(heads)) if gpt_oss else None
 
     def forward(self, x, place, lora=None, mask=None):
-        q = self.q_proj(x, lora, mask).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x, lora, mask).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x, lora, mask).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (linear(x, lora, mask).unflatten(-1, (-1, self.head_dim))
+                   for linear in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        q, k = place.rotate(q), place.rotate(k)
         k, v, visible = place.exchange(self.layer, self.window, k.transpose(1, 2), v.transpose(1, 2))
         # a block of queries at a time: the scores of a long prefill would not fit memory at once
         block = max(1, 2 ** 27 // (q.shape[0] * q.shape[2] * k.shape[2]))
-        out = [attend(q[:, t:t + block], k, v, visible[:, t:t + block], self.sinks) for t in range(0, q.shape[1], block)]
-        return self.o_proj(out[0] if len(out) == 1 else torch.cat(out, 1), lora, mask)
+        out = torch.cat([attend(q[:, t:t + block], k, v, visible[:, t:t + block], self.sinks)
+                         for t in range(0, q.shape[1], block)], 1)
+        return self.o_proj(out, lora, mask)
 
 
 class MLP(nn.Module):
@@ -324,36 +295,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), lora, mask)
 
 
-class Place:
-    """Where T new positions stand: their angles, their cache slots, and what each may see. Made once a pass.
-
-    One rule, from absolute positions: a query sees the keys at or before it, within its window. New positions directly
-    follow a row's length, so dead slots (behind the length) are never at or before a query.
-    """
-
-    def __init__(self, cos, sin, positions, cache, span, windows):
-        """cos, sin (B, T, 1, D); positions (B, T); span: the keys of a pass lie in slots 0..span-1."""
-        self.cos, self.sin, self.cache = cos, sin, cache
-        count = positions.shape[1]
-        self.slots = None if cache is None else cache.slots(count)
-        self.seen = {}  # window -> (first slot to read, behind the last, mask (B, T, slots))
-        for window in set(windows):
-            start = 0 if cache is None or window is None else max(0, cache.shortest + 1 - window)
-            keys = torch.arange(start, span, device=positions.device)
-            mask = keys <= positions[..., None]
-            if window is not None:
-                mask &= keys > positions[..., None] - window
-            self.seen[window] = start, span, mask
-
-    def exchange(self, layer, window, k, v):
-        """Store a layer's new k, v (B, K, T, D); return the keys and values to attend to and the mask over them."""
-        start, stop, mask = self.seen[window]
-        if self.cache is None:
-            return k, v, mask
-        self.cache.write(layer, self.slots, k, v)
-        return *self.cache.read(layer, start, stop), mask
-
-
 class Decoder(nn.Module):
     """A causal language model. Base weights are frozen by `load`; an adapter (lora.LoRA) may join a single pass."""
 
@@ -376,7 +317,8 @@ class Decoder(nn.Module):
     def new_cache(self, rows, capacity):
         """An empty KVCache of `rows` rows of at most `capacity` positions, in the model's dtype, on its device."""
         c, weight = self.config, self.model.embed_tokens.weight
-        return KVCache(c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim, weight.device, weight.dtype)
+        return KVCache(c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim, weight.device,
+                       weight.dtype)
 
     def forward(self, ids, cache=None, lora=None, mask=None):
         """Hidden states (B, T, hidden) after the final norm.
@@ -384,22 +326,16 @@ class Decoder(nn.Module):
         ids: (B, T) int64 token ids, or (B, T, hidden) input embeddings. With a cache the T positions follow each row's
         length and are appended to it. lora, mask (B, T) bool: the adapter, and the positions where it acts.
         """
-        hidden = self.run(ids, cache, None if cache is None else cache.longest + ids.shape[1], lora, mask)
+        hidden = self.run(ids, cache, ids.shape[1] + (0 if cache is None else cache.longest), lora, mask)
         if cache is not None:
             cache.advance(ids.shape[1])
         return hidden
 
-    def run(self, ids, cache=None, span=None, lora=None, mask=None):
+    def run(self, ids, cache, span, lora=None, mask=None):
         """`forward` without advancing the cache: what a CUDA graph captures. Reads cache slots 0..span-1."""
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)
-        B, T = ids.shape[:2]
-        positions = torch.arange(T, device=ids.device).expand(B, T)
-        if cache is not None:
-            positions = positions + cache.lengths[:, None]
-        angles = positions[..., None].float() * self.frequencies
-        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-        cos, sin = torch.cat((cos, cos), -1)[:, :, None].to(x.dtype), torch.cat((-sin, sin), -1)[:, :, None].to(x.dtype)
-        place = Place(cos, sin, positions, cache, T if cache is None else span, self.config.windows)
+        place = Place(*x.shape[:2], cache, span, self.config.windows, x.device)
+        place.turn(self.frequencies, self.rope_scale, x.dtype)
         for layer in self.model.layers:
             x = layer(x, place, lora, mask)
         return self.model.norm(x)
@@ -408,8 +344,6 @@ class Decoder(nn.Module):
         """Next-token logits (..., vocab) of hidden states (..., hidden)."""
         return self.lm_head(hidden)
 
-
-# ---------------------------------------------------------------------------------------------------------- the loading
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
@@ -435,21 +369,19 @@ def find_folder(path):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         raise ValueError(f"{path}: no such directory, and not a Hub id (owner/name)")
     try:
-        return Path(huggingface_hub.snapshot_download(
-            str(path), allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["original/*", "metal/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(huggingface_hub.snapshot_download(str(path), ignore_patterns=["original/*", "metal/*"],
+                                                      allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no such directory, and the Hub did not give it: {reason}") from error
+        raise ValueError(f"{path}: no such directory, and the Hub did not give it: {reason}") from None
 
 
 def read_json(file):
     """The object in a JSON file. Raises ValueError naming the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: missing, so {file.parent} is not a checkpoint directory") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: found a {type(content).__name__}, expected a JSON object")
     return content
@@ -463,43 +395,20 @@ def _open(file):
 
 
 def _tensor_files(folder):
-    """{tensor name: file} of a single or sharded checkpoint."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return dict.fromkeys(_open(single).keys(), single)
-    if not index.is_file():
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-        raise ValueError(f"{index}: weight_map: expected an object of tensor names and shard files")
-    files = {}
-    for shard in sorted(set(listed.values())):
+    """{tensor name: its file} of a single or sharded checkpoint."""
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if not (folder / shards[0]).is_file():
+        if not index.is_file():
+            raise ValueError(f"{folder}: neither model.safetensors nor {index.name}: not a checkpoint directory")
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+            raise ValueError(f"{index}: weight_map: expected an object of tensor names and shard files")
+        shards = sorted(set(listed.values()))
+    for shard in shards:
         if Path(shard).name != shard or shard in (".", ".."):
             raise ValueError(f"{index}: weight_map: shard {shard!r} points outside the checkpoint's directory")
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard}: missing, but listed in {index.name}")
-        for name in _open(folder / shard).keys():
-            if listed.get(name) != shard:
-                raise ValueError(f"{folder / shard}: unexpected tensor {name}: {index.name} does not list it there")
-            files[name] = folder / shard
-    for name in listed.keys() - files.keys():
-        raise ValueError(f"{folder / listed[name]}: missing tensor {name}, which {index.name} lists there")
-    return files
-
-
-def _expected_shapes(model):
-    """{tensor name on disk: shape}: the model's own, with MXFP4 experts as blocks and scales, without a tied head."""
-    config = model.config
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    if config.quantized:
-        for name in [name for name in shapes if name.endswith(("gate_up_proj", "down_proj"))]:
-            E, inner, out = shapes.pop(name)
-            if inner % 32:
-                raise ValueError(f"config.json: MXFP4 {name} has {inner} inputs, expected a multiple of 32")
-            shapes[name + "_blocks"], shapes[name + "_scales"] = (E, out, inner // 32, 16), (E, out, inner // 32)
-    return shapes
+    return {name: folder / shard for shard in shards for name in _open(folder / shard).keys()}
 
 
 def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
@@ -510,26 +419,30 @@ def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
     memory stays below the finished model plus the largest shard.
     """
     folder = find_folder(path)
-    config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json", apply_attn_factor)
-    if (folder / "generation_config.json").is_file():  # its end tokens are what generation stops at
-        eos = read_json(folder / "generation_config.json").get("eos_token_id")
-        config.eos_ids = config.eos_ids if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    raw, generation = read_json(folder / "config.json"), folder / "generation_config.json"
+    config = Config.from_dict(raw, folder / "config.json", apply_attn_factor)
+    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    config.eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     with torch.device("meta"):
         model = Decoder(config)
-    files, shapes = _tensor_files(folder), _expected_shapes(model)
-    tied = config.tie_word_embeddings and files.pop("lm_head.weight", None)
+    files = _tensor_files(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in files:
+        del shapes["lm_head.weight"]
+    if config.quantized:  # on disk: blocks of 32 inputs and their scales, outputs first
+        for name in [name for name in shapes if name.endswith(("gate_up_proj", "down_proj"))]:
+            E, inner, out = shapes.pop(name)
+            shapes[name + "_blocks"], shapes[name + "_scales"] = (E, out, inner // 32, 16), (E, out, inner // 32)
     for name in shapes.keys() - files.keys():
         raise ValueError(f"{folder}: missing tensor {name}, expected with shape {list(shapes[name])}")
     for name in files.keys() - shapes.keys():
         raise ValueError(f"{files[name]}: unexpected tensor {name}: a {config.model_type} of this config has none")
     opened = {file: _open(file) for file in set(files.values())}
     for name, file in files.items():
-        part = opened[file].get_slice(name)
-        if tuple(part.get_shape()) != shapes[name]:
-            raise ValueError(f"{file}: {name}: found shape {part.get_shape()}, expected {list(shapes[name])}")
-        kinds = ("U8",) if name.endswith(("_blocks", "_scales")) else ("F32", "F16", "BF16")
-        if part.get_dtype() not in kinds:
-            raise ValueError(f"{file}: {name}: found dtype {part.get_dtype()}, expected {' or '.join(kinds)}")
+        part, kinds = opened[file].get_slice(name), "U8" if name.endswith(("_blocks", "_scales")) else "F32 F16 BF16"
+        if tuple(part.get_shape()) != shapes[name] or part.get_dtype() not in kinds.split():
+            raise ValueError(f"{file}: {name}: found {part.get_dtype()} of shape {part.get_shape()}, "
+                             f"expected {kinds.replace(' ', ' or ')} of shape {list(shapes[name])}")
     state = {}
     for name, file in files.items():
         if name.endswith("_scales"):
@@ -540,9 +453,9 @@ def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
             tensor = dequantize_mxfp4(tensor, opened[files[name + "_scales"]].get_tensor(name + "_scales"), dtype)
         state[name] = tensor.to(device=device, dtype=dtype)
     if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        if tied and not torch.equal(_open(tied).get_tensor("lm_head.weight").to(device, dtype), state["lm_head.weight"]):
-            raise ValueError(f"{tied}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true")
+        embeddings = state["model.embed_tokens.weight"]
+        if not torch.equal(state.setdefault("lm_head.weight", embeddings), embeddings):
+            raise ValueError(f"{folder}: lm_head.weight differs from the embeddings, but tie_word_embeddings is true")
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

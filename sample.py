@@ -19,8 +19,7 @@ from huggingface_hub.utils import tqdm
 from tokenizers.decoders import DecodeStream
 
 from model import find_folder, load, read_json
-
-# ------------------------------------------------------------------------------------------------------------ the noise
+from task import instruction
 
 MASK64 = (1 << 64) - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -58,9 +57,6 @@ def uniform(keys, position):
     z = (z ^ shift(z, 30)) * _signed(MIX1)
     z = (z ^ shift(z, 27)) * _signed(MIX2)
     return shift(z ^ shift(z, 31), 11).double() * 2.0 ** -53
-
-
-# --------------------------------------------------------------------------------------------------- the distribution
 
 
 def check_sampling(temperature, top_k, top_p):
@@ -104,9 +100,6 @@ def draw(probs, noise):
     return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------ the paths
-
-
 @dataclasses.dataclass
 class Path:
     """One sampled path. `ids` are its new tokens only, an end token included."""
@@ -116,6 +109,21 @@ class Path:
     ids: list = dataclasses.field(default_factory=list)
     status: str = "running"        # running, pruned, eos, length
     score: float | None = None     # chance to end right, once checked
+
+
+def prefill(model, prompts, extra=0):
+    """Prompts (lists of token ids, ragged) in one right-padded pass.
+
+    -> a KVCache with a row for each and room for `extra` positions more, and the hidden states (B, hidden) at their ends.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, :len(prompt)] = torch.tensor(prompt)
+    cache = model.new_cache(len(prompts), max(lengths) + extra)
+    hidden = model(ids.to(cache.lengths.device), cache=cache)
+    cache.truncate(lengths)
+    return cache, hidden[range(len(prompts)), [length - 1 for length in lengths]]
 
 
 class Batch:
@@ -139,22 +147,12 @@ class Batch:
         self.steps = self.decoded = 0
         self.pending = None  # (B,) tokens sampled, not yet in the cache
         self.graphs = {}     # (rows, slots read) -> a captured step
-        self._prefill(capacity)
-
-    def _prefill(self, capacity):
-        """Every different prompt once, right-padded, then its cache row copied to each of its paths."""
-        prompts = list(dict.fromkeys(tuple(path.prompt_ids) for path in self.live))
-        lengths = [len(prompt) for prompt in prompts]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, :len(prompt)] = torch.tensor(prompt)
-        self.cache = self.model.new_cache(len(prompts), max(lengths))
-        hidden = self.model(ids.to(self.device), cache=self.cache)
-        self.cache.truncate(lengths)
+        prompts = list(dict.fromkeys(tuple(path.prompt_ids) for path in paths))  # each different prompt once
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
-        rows = [row_of[tuple(path.prompt_ids)] for path in self.live]
+        rows = [row_of[tuple(path.prompt_ids)] for path in paths]
+        self.cache, hidden = prefill(model, prompts)
         self.cache.regroup(rows, capacity)
-        self.hidden = hidden[rows, [lengths[row] - 1 for row in rows]]  # (B, hidden): the next token is drawn from it
+        self.hidden = hidden[rows]  # (B, hidden): what the next token is drawn from
 
     def decode(self, until):
         """Go on until every path has ended or holds `until` new tokens; then only running paths are live."""
@@ -229,7 +227,7 @@ class Batch:
 
 
 def check_prompts(model, prompts, longest):
-    """Raise ValueError unless every prompt is a non-empty list of known token ids that leaves room for `longest` more."""
+    """Raise ValueError unless every prompt is a non-empty list of known token ids with room for `longest` more."""
     vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
@@ -246,9 +244,9 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
              batch=None, bar=None, on_end=None):
     """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
 
-    eos_ids: end tokens, the model's own if None, none if empty. batch: at most so many rows at a time (None: all), which
-    changes no token. bar: a tqdm counting tokens. on_end(path) is called as each path ends. Raises ValueError on bad
-    settings, a prompt beyond the context, or a token id outside the vocabulary.
+    eos_ids: end tokens, the model's own if None, none if empty. batch: at most so many rows at a time (None: all),
+    which changes no token. bar: a tqdm counting tokens. on_end(path) is called as each path ends. Raises ValueError on
+    bad settings, a prompt beyond the context, or a token id outside the vocabulary.
     """
     check_sampling(temperature, top_k, top_p)
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", 1 if batch is None else batch)):
@@ -267,12 +265,9 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
     return paths
 
 
-# ------------------------------------------------------------------------------------------------------ text and tokens
-
 HARMONY_SYSTEM = ("You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
                   "Current date: 2025-08-05\n\nReasoning: {effort}\n\n# Valid channels: analysis, commentary, final. "
                   "Channel must be included for every message.")
-FORMATS = ("raw", "r1", "chatml", "harmony")
 
 
 class Tokenizer:
@@ -295,8 +290,8 @@ class Tokenizer:
         has = {name: all(self.library.token_to_id(mark) is not None for mark in marks[name]) for name in marks}
         self.format = chat_format or next(name for name in marks if has[name])
         if not has.get(self.format):
-            raise ValueError(f"chat format: found {self.format!r}, expected one of {[name for name in has if has[name]]} "
-                             f"by the tokens of {folder}")
+            raise ValueError(f"chat format: found {self.format!r}, expected one that {folder} has the tokens of: "
+                             f"{', '.join(name for name in has if has[name])}")
         config = folder / "tokenizer_config.json"
         template = (read_json(config).get("chat_template") if config.is_file() else None) or ""
         if not template and (folder / "chat_template.jinja").is_file():
@@ -314,15 +309,20 @@ class Tokenizer:
         return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def prompt(self, text, effort="medium"):
-        """Token ids of a user's message in the chat format, up to where the model goes on. effort: harmony's reasoning."""
+        """Token ids of a user's message in the chat format, up to where the model goes on. effort: of harmony."""
         if self.format == "r1":
-            text = f"<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>{text}<\uff5cAssistant\uff5c>{self.opening}"
+            text = ("<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>" + text
+                    + "<\uff5cAssistant\uff5c>" + self.opening)
         elif self.format == "chatml":
             text = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         elif self.format == "harmony":
             text = (f"<|start|>system<|message|>{HARMONY_SYSTEM.format(effort=effort)}<|end|>"
                     f"<|start|>user<|message|>{text}<|end|><|start|>assistant")
         return self.encode(text)
+
+    def ask(self, problem):
+        """Token ids that put a task.Problem to the model: with the paper's instruction, or as it is to a raw model."""
+        return self.prompt(problem.problem if self.format == "raw" else instruction(problem))
 
     def completion(self, path):
         """A path's text as a grader reads it: with the <think> that the prompt has opened, special tokens left in."""
@@ -334,30 +334,30 @@ class Tokenizer:
         return lambda token: state.step(self.library, token) or ""
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
-
-
 def option(default, text):
     """A dataclass field with its default and its help text."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def command_line(settings, main, argv=None):
+def command_line(settings, main, recipe=None):
     """Run main(settings(...)) with one flag per dataclass field; unknown flags are errors.
 
-    A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 2.
+    A flag comes before recipe(flags), a dict of a checkpoint's own defaults, and that before the dataclass. A user's
+    mistake (ValueError, OSError) becomes one line on stderr and exit status 2.
     """
-    parser = argparse.ArgumentParser(description=(sys.modules[settings.__module__].__doc__ or "").strip(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=sys.modules[settings.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(settings):
         kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)] or [field.type]
         how = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else {"type": kinds[0]}
-        required = field.default is dataclasses.MISSING
-        text = field.metadata["help"] + ("" if required or field.default is None else f" [{field.default}]")
-        parser.add_argument("--" + field.name.replace("_", "-"), required=required, help=text,
-                            default=None if required else field.default, **how)
+        default = "" if field.default in (None, dataclasses.MISSING) else f" [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + default,
+                            required=field.default is dataclasses.MISSING, default=argparse.SUPPRESS, **how)
+    flags = vars(parser.parse_args())
     try:
-        main(settings(**vars(parser.parse_args(argv))))
+        resolved = settings(**(recipe(flags) if recipe else {}) | flags)
+        print(f"settings: {json.dumps(dataclasses.asdict(resolved))}", flush=True)
+        main(resolved)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -388,9 +388,9 @@ def torch_dtype(name):
     return getattr(torch, name)
 
 
-def room(model, prompt_ids, limit=None):
+def room(model, prompt_ids, limit=None, extra=0):
     """How many new tokens a path may have: `limit`, or what the context leaves, at most the paper's 16,384."""
-    return limit or max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids)))
+    return limit or max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids) - extra))
 
 
 def peak_memory(device):
@@ -402,7 +402,6 @@ def peak_memory(device):
 
 def main(settings):
     """Print n paths as they end; the last line is one JSON object."""
-    print(f"settings: {json.dumps(dataclasses.asdict(settings))}")
     model = load(settings.model, settings.device, torch_dtype(settings.dtype))
     tokenizer = Tokenizer(settings.model, settings.chat_format)
     prompt_ids = tokenizer.prompt(settings.prompt)
@@ -412,9 +411,9 @@ def main(settings):
         tqdm.write(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{tokenizer.decode(path.ids)}")
 
     start = time.perf_counter()
-    with tqdm(total=max(0, settings.n) * limit, unit="tok", disable=None) as bar:
-        (paths,) = generate(model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k, settings.top_p,
-                            settings.seed, batch=settings.batch, bar=bar, on_end=show)
+    with tqdm(total=settings.n * limit, unit="tok", disable=None) as bar:
+        (paths,) = generate(model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k,
+                            settings.top_p, settings.seed, batch=settings.batch, bar=bar, on_end=show)
     seconds, tokens = time.perf_counter() - start, sum(len(path.ids) for path in paths)
     print(json.dumps({"tokens": tokens, "seconds": round(seconds, 3), "tok_per_s": round(tokens / seconds, 1),
                       "peak_memory_bytes": peak_memory(settings.device)}))
