@@ -324,9 +324,9 @@ class Tokenizer:
         """Token ids that put a task.Problem to the model: with the paper's instruction, or as it is to a raw model."""
         return self.prompt(problem.problem if self.format == "raw" else instruction(problem))
 
-    def completion(self, path):
+    def completion(self, ids):
         """A path's text as a grader reads it: with the <think> that the prompt has opened, special tokens left in."""
-        return self.opening + self.decode(path.ids)
+        return self.opening + self.decode(ids)
 
     def stream(self):
         """A function that takes one token id and returns the text it completes, "" inside a character."""

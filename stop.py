@@ -292,7 +292,7 @@ def main(settings):
         raise ValueError("--prompt: found nothing, expected the question")
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
     limit, n = room(model, prompt_ids, settings.max_new_tokens, stop.m), settings.n
-    prefix = settings.prefix or stop.trained.get("prefix", 2048)
+    prefix = settings.prefix or stop.trained.get("settings", {}).get("prefix", 2048)
     keep, ratio = settings.keep, settings.retention
     if settings.budget:
         ratio = retention(settings.budget, prefix, settings.task_length)
@@ -311,7 +311,7 @@ def main(settings):
             model, stop, prompt_ids, n, keep, prefix, settings.cascade and parse_cascade(settings.cascade), limit,
             settings.temperature, settings.top_k, settings.top_p, settings.seed, bar=bar, on_check=show)
     finished = [path for path in paths if path.status != "pruned"]
-    answers = [extract_answer(tokenizer.completion(path), settings.kind) for path in finished]
+    answers = [extract_answer(tokenizer.completion(path.ids), settings.kind) for path in finished]
     for path, answer in zip(finished, answers):
         print(f"path {path.index} ({path.status}, {len(path.ids)} tokens, score {path.score:.4f}): {answer}")
     spent = sum(len(path.ids) for path in paths)
