@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
-from model import load
-from sample import Tokenizer, command_line, generate, option, room, torch_dtype
+from sample import Common, command_line, generate, open_model, option, room
 from stop import Stop, fingerprint, vote
 from task import extract_answer, read_problems, open_for_append, same_answer, write_atomic
 
@@ -153,19 +152,18 @@ def table(report):
 
     n, keep, best = report["n"], report["keep"], report["stop_minus_best_other"]
     keys = ("avg", "gain", "cons", "saved", "auroc", "pairwise")
-    lines = [f"{report['problems']} problems, {n} paths each, checkpoint {report['prefix']}; pass@{n} {report['pass']:.3f}",
-             "", f"| scorer | avg@{keep} of {n} | gain over all {n} | cons | tokens saved | AUROC | pairwise |",
+    lines = [f"{report['problems']} problems, {n} paths each, checkpoint {report['prefix']}; "
+             f"pass@{n} {report['pass']:.3f}", "", f"| scorer | avg@{keep} of {n} | gain over all {n} | cons | tokens saved | AUROC | pairwise |",
              "|---|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join([name, *(show(row.get(key)) for key in keys)]) + " |"
               for name, row in report["rows"].items()]
     return "\n".join(lines + ["", f"STOP minus {best['other']}, paired: {show(best['avg'])}"])
 
 
-@dataclasses.dataclass
-class Settings:
-    """What `python eval.py` can be told; the paper's settings are the defaults."""
+@dataclasses.dataclass(kw_only=True)
+class Settings(Common):
+    """What `python eval.py` can be told."""
 
-    model: str = option("toy", "checkpoint directory or Hub id")
     stop: str | None = option(None, "folder of the trained STOP (default: stop/ in the model's directory)")
     data: str | None = option(None, "problems (default: test.jsonl in the model's directory)")
     out: str = option("runs/eval", "folder for the paths, to be used again, and report.json")
@@ -173,14 +171,7 @@ class Settings:
     n: int = option(64, "paths a problem")
     keep: int = option(8, "paths kept")
     prefix: int | None = option(None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
-    max_new_tokens: int | None = option(None, "limit of a path (default: as STOP was trained, else what the context leaves)")
-    temperature: float = option(0.6, "0 = greedy")
-    top_k: int = option(40, "0 = off")
-    top_p: float = option(0.95, "1 = off")
-    seed: int = option(1, "of the paths")
     batch: int = option(1024, "rows decoded at a time")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")
 
 
 def run(model, tokenizer, stop, problems, settings, out):
@@ -188,7 +179,7 @@ def run(model, tokenizer, stop, problems, settings, out):
     if not 1 <= settings.keep <= settings.n:
         raise ValueError(f"keep: found {settings.keep}, expected 1 to n = {settings.n}")
     trained = stop.trained.get("settings", {})
-    limit = settings.max_new_tokens or trained.get("max_new_tokens")
+    limit = trained.get("max_new_tokens") if settings.max_new_tokens is None else settings.max_new_tokens
     records = sample_paths(model, tokenizer, problems, out, settings.n, limit, settings.temperature, settings.top_k,
                            settings.top_p, settings.seed, settings.batch)
     report = {"settings": dataclasses.asdict(settings), "torch": torch.__version__,
@@ -205,10 +196,10 @@ def summary(report):
 
 def main(settings):
     """Sample (or read) the paths, score, print the table, write report.json; the last line is one JSON object."""
-    model = load(settings.model, settings.device, torch_dtype(settings.dtype))
+    model, tokenizer = open_model(settings)
     stop = Stop.load(settings.stop or File(settings.model) / "stop", model)
     problems = read_problems(settings.data or File(settings.model) / "test.jsonl")[:settings.problems]
-    report = run(model, Tokenizer(settings.model), stop, problems, settings, File(settings.out))
+    report = run(model, tokenizer, stop, problems, settings, File(settings.out))
     print(json.dumps({"out": settings.out, **summary(report)}))
 
 

@@ -135,7 +135,7 @@ class Place:
             self.seen[window] = start, span, mask
 
     def turn(self, frequencies, scale, dtype):
-        """RoPE's cos and sin at these positions, (B, T, 1, D) each, from frequencies (D / 2,); sin's first half negative."""
+        """RoPE's cos and sin here, (B, T, 1, D) each, from frequencies (D / 2,); the first half of sin is negative."""
         angles = self.positions[..., None, None].float() * frequencies
         cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
         self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -2,27 +2,26 @@
 
     model = load("directory or Hub id", device="cpu", dtype=torch.float32)
     hidden = model(ids)                  # (B, T) -> (B, T, hidden) after the final norm, no cache
-    hidden = model(ids, cache=cache)     # the same, behind what each row of a KVCache already holds
     logits = model.logits(hidden)
 
 Module names are checkpoint names. Letters: B rows, T new positions, S cached positions, H query heads, K key/value
 heads, G = H / K, D head_dim, E experts.
 """
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 
 import torch
-from torch import nn
 import torch.nn.functional as F
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from kvcache import KVCache, Place
 from lora import Linear
+from task import read_json
 
 USED = set("""model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
     num_key_value_heads rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters
@@ -41,7 +40,6 @@ ROPE_KEYS = set("""rope_type type rope_theta factor original_max_position_embedd
 @dataclasses.dataclass
 class Config:
     """What the decoder needs of config.json, in the spelling of transformers 4 or 5. Lengths are in tokens."""
-
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -61,8 +59,8 @@ class Config:
     swiglu_alpha: float = 1.702
     quantized: bool = False   # experts stored as MXFP4
     eos_ids: tuple = ()       # where generation stops
-    # DeepSeek-R1-0528-Qwen3-8B carries attn_factor 0.878 = 1 / (0.1 ln 4 + 1) in rope_scaling. transformers ignores the
-    # key (cos and sin are scaled by 1.1386), vLLM multiplies by it (1.0). False follows transformers.
+    # R1-0528-Qwen3-8B's rope_scaling has an attn_factor of 0.878: transformers ignores it (cos and sin are scaled by
+    # 1.1386), vLLM multiplies by it (1.0). False follows transformers.
     apply_attn_factor: bool = False
 
     @classmethod
@@ -79,6 +77,10 @@ class Config:
                 refuse(key, f"a positive {kind.__name__}" if kind is not bool else "true or false")
             return value
 
+        for key, container in (("rope_scaling", dict), ("rope_parameters", dict), ("layer_types", list),
+                               ("quantization_config", dict)):
+            if not isinstance(raw.get(key) or container(), container):
+                refuse(key, f"a {container.__name__}")
         kind, quantization = raw.get("model_type"), raw.get("quantization_config") or {}
         if kind not in ("qwen2", "qwen3", "gpt_oss"):
             refuse("model_type", "qwen2, qwen3 or gpt_oss")
@@ -86,33 +88,35 @@ class Config:
         for key in raw.keys() - USED - INERT - (USED_BY_GPT_OSS if moe else set()):
             if raw[key] is not None:
                 refuse(key, f"no such key: it is not known what it changes in a {kind}")
-        layers, heads = read("num_hidden_layers", int), read("num_attention_heads", int)
-        kv_heads, hidden = read("num_key_value_heads", int), read("hidden_size", int)
+        layers, heads, kv_heads, hidden, inner = (read(key, int) for key in (
+            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"))
         head_dim = read("head_dim", int, hidden // heads if kind == "qwen2" else None)
         full, sliding = "full_attention", "sliding_attention"
         types = raw.get("layer_types") or ([sliding if moe else full, full] * layers)[:layers]
+        experts = read("num_local_experts", int) if moe else 0
         per_token = read("num_experts_per_tok", int, raw.get("experts_per_token")) if moe else 0
         for key, fine, expected in (
                 ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
                 ("attention_bias", raw.get("attention_bias", biased) == biased, f"{biased} for {kind}"),
                 ("use_sliding_window", moe or not raw.get("use_sliding_window"), f"false for {kind}"),
-                ("layer_types", len(types) == layers and set(types) <= ({full, sliding} if moe else {full}),
+                ("layer_types", len(types) == layers and all(name == full or moe and name == sliding for name in types),
                  f"{layers} of {full}" + moe * f" or {sliding}"),
                 ("num_key_value_heads", heads % kv_heads == 0, f"a divisor of num_attention_heads = {heads}"),
                 ("head_dim", head_dim % 2 == 0, "an even number, for RoPE's halves"),
-                ("experts_per_token", raw.get("experts_per_token", per_token) == per_token, f"{per_token} as in "
-                 "num_experts_per_tok"),
+                ("num_experts_per_tok", per_token <= experts, f"at most num_local_experts = {experts}"),
+                ("experts_per_token", raw.get("experts_per_token", per_token) == per_token, f"{per_token} as above"),
                 ("quantization_config", not quantization or moe and quantization.get("quant_method") == "mxfp4",
-                 "none, or quant_method mxfp4 on gpt_oss")):
+                 "none, or mxfp4 on gpt_oss"),
+                ("intermediate_size", not quantization or inner % 32 == 0, "a multiple of 32, for MXFP4's blocks")):
             if not fine:
                 refuse(key, expected)
         window = read("sliding_window", int) if sliding in types else None
         return cls(
-            kind, read("vocab_size", int), hidden, read("intermediate_size", int), layers, heads, kv_heads, head_dim,
+            kind, read("vocab_size", int), hidden, inner, layers, heads, kv_heads, head_dim,
             read("rms_norm_eps", float), read("max_position_embeddings", int), _read_rope(raw, refuse),
             tuple(window if name == sliding else None for name in types),
             tie_word_embeddings=read("tie_word_embeddings", bool, False), quantized=bool(quantization),
-            experts=read("num_local_experts", int) if moe else 0, experts_per_token=per_token,
+            experts=experts, experts_per_token=per_token,
             swiglu_limit=read("swiglu_limit", float, 7.0), swiglu_alpha=read("swiglu_alpha", float, 1.702),
             apply_attn_factor=apply_attn_factor)
 
@@ -129,8 +133,8 @@ def _read_rope(raw, refuse):
     for key, value in rope.items():
         if key not in ROPE_KEYS:
             refuse(f"rope_scaling.{key}", f"only {', '.join(sorted(ROPE_KEYS))}", value)
-        needed = rope["rope_type"] == "yarn" or key == "rope_theta"
-        if needed and key not in ("rope_type", "truncate") and (type(value) not in (int, float) or value <= 0):
+        number = key == "rope_theta" or rope["rope_type"] == "yarn" and key not in ("rope_type", "truncate")
+        if number and (type(value) not in (int, float) or value <= 0):
             refuse(f"rope_scaling.{key}" if key in found else key, "a positive number", value)
     return rope
 
@@ -153,8 +157,7 @@ def rope_frequencies(config):
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    if config.apply_attn_factor:
-        scale *= rope.get("attn_factor", 1.0)
+    scale *= rope.get("attn_factor", 1.0) if config.apply_attn_factor else 1.0
     return ramp / (factor * powers) + (1 - ramp) / powers, scale
 
 
@@ -186,7 +189,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if self.round_first and x.dtype != torch.float32:
-            return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+            return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -202,12 +205,12 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_heads * D, bias=not qwen3)
         self.v_proj = Linear(config.hidden_size, kv_heads * D, bias=not qwen3)
         self.o_proj = Linear(heads * D, config.hidden_size, bias=gpt_oss)
-        self.q_norm, self.k_norm = (RMSNorm(D, config), RMSNorm(D, config)) if qwen3 else (None, None)
+        self.q_norm, self.k_norm = (RMSNorm(D, config) if qwen3 else None for _ in range(2))
         self.sinks = nn.Parameter(torch.zeros(heads)) if gpt_oss else None
 
     def forward(self, x, place, lora=None, mask=None):
-        q, k, v = (linear(x, lora, mask).unflatten(-1, (-1, self.head_dim))
-                   for linear in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (linear(x, lora, mask).unflatten(-1, (-1, self.head_dim)) for linear in projections)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = place.rotate(q), place.rotate(k)
@@ -239,23 +242,24 @@ class Experts(nn.Module):
         super().__init__()
         E, hidden, inner = config.experts, config.hidden_size, config.intermediate_size
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
-        self.gate_up_proj = nn.Parameter(torch.empty(E, hidden, 2 * inner))
-        self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * inner))
-        self.down_proj = nn.Parameter(torch.empty(E, inner, hidden))
-        self.down_proj_bias = nn.Parameter(torch.zeros(E, hidden))
+        for name, shape in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
+            self.register_parameter(name, nn.Parameter(torch.empty(E, *shape)))
+            self.register_parameter(name + "_bias", nn.Parameter(torch.zeros(E, shape[1])))
 
     def _swiglu(self, gate_up):
         gate, up = gate_up[..., ::2].clamp(max=self.limit), gate_up[..., 1::2].clamp(-self.limit, self.limit)
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
 
-    def forward(self, x, weights, chosen):
-        """x (N, hidden), weights and chosen (N, k): the weighted sum of the chosen experts, (N, hidden)."""
-        if len(x) <= 128:
-            # A decode step: nearly every expert is read anyway, so all are computed. No copy of weights, no host sync.
-            dense = x.new_zeros(len(x), len(self.down_proj)).scatter(1, chosen, weights)
-            inner = self._swiglu(torch.baddbmm(self.gate_up_proj_bias[:, None], x.expand(len(dense[0]), -1, -1),
+    def forward(self, x, weights, chosen, dense):
+        """x (N, hidden), weights and chosen (N, k): the weighted sum of the chosen experts, (N, hidden).
+
+        dense: compute all. A decode step reads nearly all anyway; so it needs no copy of weights and no host sync.
+        """
+        if dense:
+            share = x.new_zeros(len(x), len(self.down_proj)).scatter(1, chosen, weights)
+            inner = self._swiglu(torch.baddbmm(self.gate_up_proj_bias[:, None], x.expand(share.shape[1], -1, -1),
                                                self.gate_up_proj))
-            return torch.einsum("ne,enh->nh", dense, torch.baddbmm(self.down_proj_bias[:, None], inner, self.down_proj))
+            return torch.einsum("ne,enh->nh", share, torch.baddbmm(self.down_proj_bias[:, None], inner, self.down_proj))
         out = torch.zeros_like(x)
         for e in range(len(self.down_proj)):
             row, slot = torch.where(chosen == e)
@@ -277,7 +281,7 @@ class MoE(nn.Module):
     def forward(self, x, lora=None, mask=None):
         flat = x.flatten(0, 1)
         top, chosen = self.router(flat).topk(self.per_token, dim=-1)
-        return self.experts(flat, top.softmax(-1), chosen).view_as(x)
+        return self.experts(flat, top.softmax(-1), chosen, x.shape[1] == 1 or len(flat) <= 128).view_as(x)
 
 
 class Layer(nn.Module):
@@ -309,16 +313,14 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                module.name = name
+            module.name = name  # by which a Linear finds its adapter
         frequencies, self.rope_scale = rope_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def new_cache(self, rows, capacity):
         """An empty KVCache of `rows` rows of at most `capacity` positions, in the model's dtype, on its device."""
-        c, weight = self.config, self.model.embed_tokens.weight
-        return KVCache(c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim, weight.device,
-                       weight.dtype)
+        c, like = self.config, self.model.embed_tokens.weight
+        return KVCache(c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim, like.device, like.dtype)
 
     def forward(self, ids, cache=None, lora=None, mask=None):
         """Hidden states (B, T, hidden) after the final norm.
@@ -356,8 +358,8 @@ def dequantize_mxfp4(blocks, scales, dtype=torch.bfloat16):
     E, rows, groups, _ = blocks.shape
     weights = torch.empty(E, groups * 32, rows, dtype=dtype)
     for e in range(E):
-        codes = torch.stack((blocks[e] & 15, blocks[e] >> 4), -1).view(rows, groups, 32)
-        values = torch.ldexp(FP4[codes.int()], scales[e, ..., None].int() - 127)
+        codes = torch.stack((blocks[e] & 15, blocks[e] >> 4), -1).view(rows, groups, 32).int()
+        values = torch.ldexp(FP4[codes], scales[e, ..., None].int() - 127)
         weights[e] = values.view(rows, groups * 32).T.to(torch.bfloat16)
     return weights
 
@@ -376,53 +378,41 @@ def find_folder(path):
         raise ValueError(f"{path}: no such directory, and the Hub did not give it: {reason}") from None
 
 
-def read_json(file):
-    """The object in a JSON file. Raises ValueError naming the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: found a {type(content).__name__}, expected a JSON object")
-    return content
-
-
-def _open(file):
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
-
-
 def _tensor_files(folder):
-    """{tensor name: its file} of a single or sharded checkpoint."""
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
+    """{tensor name: (its file, the file opened)} of a single or sharded checkpoint."""
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if not (folder / shards[0]).is_file():
         if not index.is_file():
-            raise ValueError(f"{folder}: neither model.safetensors nor {index.name}: not a checkpoint directory")
+            raise ValueError(f"{folder}: neither {shards[0]} nor {index.name}: not a checkpoint directory")
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
             raise ValueError(f"{index}: weight_map: expected an object of tensor names and shard files")
         shards = sorted(set(listed.values()))
+    files = {}
     for shard in shards:
         if Path(shard).name != shard or shard in (".", ".."):
             raise ValueError(f"{index}: weight_map: shard {shard!r} points outside the checkpoint's directory")
-    return {name: folder / shard for shard in shards for name in _open(folder / shard).keys()}
+        try:
+            opened = safe_open(folder / shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / shard}: not a whole safetensors file: {error}") from None
+        files |= {name: (folder / shard, opened) for name in opened.keys()}
+    return files
 
 
 def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
     """The Decoder of a checkpoint: a local directory or a Hub id. Frozen, in `dtype`, on `device`.
 
     Strict both ways: a missing, unexpected or wrongly shaped tensor is a ValueError that names it, its file and both
-    shapes (a tied lm_head is the one exception: it may be absent or equal). Tensors are read one at a time, so host
-    memory stays below the finished model plus the largest shard.
+    shapes (a tied lm_head may be absent, or equal). Host memory stays below the finished model plus the largest shard.
     """
     folder = find_folder(path)
     raw, generation = read_json(folder / "config.json"), folder / "generation_config.json"
     config = Config.from_dict(raw, folder / "config.json", apply_attn_factor)
     eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
     config.eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(type(token) is int for token in config.eos_ids):
+        raise ValueError(f"{folder}: eos_token_id of config.json: found {eos!r}, expected a token id or a list of them")
     with torch.device("meta"):
         model = Decoder(config)
     files = _tensor_files(folder)
@@ -436,21 +426,20 @@ def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
     for name in shapes.keys() - files.keys():
         raise ValueError(f"{folder}: missing tensor {name}, expected with shape {list(shapes[name])}")
     for name in files.keys() - shapes.keys():
-        raise ValueError(f"{files[name]}: unexpected tensor {name}: a {config.model_type} of this config has none")
-    opened = {file: _open(file) for file in set(files.values())}
-    for name, file in files.items():
-        part, kinds = opened[file].get_slice(name), "U8" if name.endswith(("_blocks", "_scales")) else "F32 F16 BF16"
+        raise ValueError(f"{files[name][0]}: unexpected tensor {name}: a {config.model_type} of this config has none")
+    for name, (file, opened) in files.items():
+        part, kinds = opened.get_slice(name), "U8" if name.endswith(("_blocks", "_scales")) else "F32 F16 BF16"
         if tuple(part.get_shape()) != shapes[name] or part.get_dtype() not in kinds.split():
-            raise ValueError(f"{file}: {name}: found {part.get_dtype()} of shape {part.get_shape()}, "
-                             f"expected {kinds.replace(' ', ' or ')} of shape {list(shapes[name])}")
+            raise ValueError(f"{file}: {name}: found shape {part.get_shape()} of {part.get_dtype()}, "
+                             f"expected {list(shapes[name])} of {kinds.replace(' ', ' or ')}")
     state = {}
-    for name, file in files.items():
+    for name, (_, opened) in files.items():
         if name.endswith("_scales"):
-            continue  # read together with its blocks, which may lie in another shard
-        tensor = opened[file].get_tensor(name)
+            continue  # read with its blocks, which may lie in another shard
+        tensor = opened.get_tensor(name)
         if name.endswith("_blocks"):
             name = name.removesuffix("_blocks")
-            tensor = dequantize_mxfp4(tensor, opened[files[name + "_scales"]].get_tensor(name + "_scales"), dtype)
+            tensor = dequantize_mxfp4(tensor, files[name + "_scales"][1].get_tensor(name + "_scales"), dtype)
         state[name] = tensor.to(device=device, dtype=dtype)
     if config.tie_word_embeddings:
         embeddings = state["model.embed_tokens.weight"]

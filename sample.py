@@ -18,8 +18,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from tokenizers.decoders import DecodeStream
 
-from model import find_folder, load, read_json
-from task import instruction
+from model import find_folder, load
+from task import instruction, read_json
 
 MASK64 = (1 << 64) - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -114,7 +114,7 @@ class Path:
 def prefill(model, prompts, extra=0):
     """Prompts (lists of token ids, ragged) in one right-padded pass.
 
-    -> a KVCache with a row for each and room for `extra` positions more, and the hidden states (B, hidden) at their ends.
+    -> a KVCache with a row for each and room for `extra` positions more, and the hidden states (B, hidden) at the ends.
     """
     lengths = [len(prompt) for prompt in prompts]
     ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
@@ -162,14 +162,15 @@ class Batch:
             self.pending = draw(probs, uniform(self.keys, self.steps))
             self.steps += 1
             self.decoded += len(self.live)
-            for path, token in zip(self.live, self.pending.tolist()):  # the step's one wait for the device
-                if path.status == "running":
-                    path.ids.append(token)
-                    if token in self.eos_ids:
-                        self.end(path, "eos", until - self.steps)
             running = [row for row, path in enumerate(self.live) if path.status == "running"]
             if self.bar is not None:
                 self.bar.update(len(running))
+            tokens = self.pending.tolist()  # the step's one wait for the device
+            for row in running:
+                self.live[row].ids.append(tokens[row])
+                if tokens[row] in self.eos_ids:
+                    self.end(self.live[row], "eos", until - self.steps)
+            running = [row for row in running if self.live[row].status == "running"]
             if len(running) + self.group <= len(self.live) or not running or self.steps == until:
                 self.retain(running)
 
@@ -364,46 +365,50 @@ def command_line(settings, main, recipe=None):
 
 
 @dataclasses.dataclass
-class Settings:
-    """What `python sample.py` can be told; the paper's sampling settings are the defaults."""
+class Common:
+    """Flags of every script; the paper's sampling settings are the defaults."""
 
-    prompt: str = option(dataclasses.MISSING, "the user's message")
     model: str = option("toy", "checkpoint directory or Hub id")
-    n: int = option(8, "paths")
     max_new_tokens: int | None = option(None, "limit of a path (default: what the context leaves, at most 16384)")
     temperature: float = option(0.6, "0 = greedy")
     top_k: int = option(40, "0 = off")
     top_p: float = option(0.95, "1 = off")
     seed: int = option(0, "of all randomness")
-    batch: int | None = option(None, "rows at a time, where all do not fit memory (changes no token)")
     chat_format: str | None = option(None, "raw, r1, chatml or harmony (default: by the tokenizer's special tokens)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")
 
 
-def torch_dtype(name):
-    """The torch dtype of that name. Raises ValueError on others than the three that models run in."""
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype: found {name!r}, expected float32, bfloat16 or float16")
-    return getattr(torch, name)
+@dataclasses.dataclass(kw_only=True)
+class Settings(Common):
+    """What `python sample.py` can be told."""
+
+    prompt: str = dataclasses.field(metadata={"help": "the user's message"})
+    n: int = option(8, "paths")
+    batch: int | None = option(None, "rows at a time, where all do not fit memory (changes no token)")
+
+
+def open_model(settings):
+    """The Decoder and the Tokenizer that a script's settings name. Raises ValueError on an unknown device or dtype."""
+    if settings.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: found {settings.device!r}: {str(error).splitlines()[0]}") from None
+    model = load(settings.model, settings.device, getattr(torch, settings.dtype))
+    return model, Tokenizer(settings.model, settings.chat_format)
 
 
 def room(model, prompt_ids, limit=None, extra=0):
     """How many new tokens a path may have: `limit`, or what the context leaves, at most the paper's 16,384."""
-    return limit or max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids) - extra))
-
-
-def peak_memory(device):
-    """Bytes at the peak: the device's allocations on CUDA, the whole process elsewhere."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    left = model.config.max_position_embeddings - len(prompt_ids) - extra
+    return max(1, min(16384, left)) if limit is None else limit
 
 
 def main(settings):
     """Print n paths as they end; the last line is one JSON object."""
-    model = load(settings.model, settings.device, torch_dtype(settings.dtype))
-    tokenizer = Tokenizer(settings.model, settings.chat_format)
+    model, tokenizer = open_model(settings)
     prompt_ids = tokenizer.prompt(settings.prompt)
     limit = room(model, prompt_ids, settings.max_new_tokens)
 
@@ -415,8 +420,10 @@ def main(settings):
         (paths,) = generate(model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k,
                             settings.top_p, settings.seed, batch=settings.batch, bar=bar, on_end=show)
     seconds, tokens = time.perf_counter() - start, sum(len(path.ids) for path in paths)
+    peak = torch.cuda.max_memory_allocated() if torch.device(settings.device).type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"tokens": tokens, "seconds": round(seconds, 3), "tok_per_s": round(tokens / seconds, 1),
-                      "peak_memory_bytes": peak_memory(settings.device)}))
+                      "peak_memory_bytes": peak}))
 
 
 if __name__ == "__main__":

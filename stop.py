@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lora import TARGETS, LoRA
-from model import load, read_json
-from sample import Batch, Path, Tokenizer, check_prompts, command_line, option, prefill, room, torch_dtype
-from task import Problem, extract_answer, same_answer, write_atomic
+from sample import Batch, Common, Path, check_prompts, command_line, open_model, option, prefill, room
+from task import Problem, extract_answer, read_json, same_answer, write_atomic
 
 
 def fingerprint(model):
@@ -42,7 +41,8 @@ class Stop(nn.Module):
     The head starts at zero (every chance is one half), the tokens at random with the spread of the model's embeddings.
     """
 
-    def __init__(self, model, m=4, rank=128, alpha=None, targets=None, head="sigmoid", shared=False, dropout=0.0, seed=0):
+    def __init__(self, model, m=4, rank=128, alpha=None, targets=None, head="sigmoid", shared=False, dropout=0.0,
+                 seed=0):
         super().__init__()
         if head not in ("sigmoid", "softmax"):
             raise ValueError(f"head: found {head!r}, expected sigmoid or softmax")
@@ -64,7 +64,7 @@ class Stop(nn.Module):
     def forward(self, model, cache):
         """Head logits (B, 1 or 2) for the prefixes in a cache's rows, which stay as they are.
 
-        The [STOP] keys and values go to dead slots behind each row, and no row grows: the branch is gone when we return.
+        The [STOP] keys and values go to dead slots behind each row, and no row grows: a branch that leaves no trace.
         """
         B = cache.rows
         tokens = self.tokens.expand(self.m, -1).expand(B, -1, -1).to(cache.keys[0].dtype)
@@ -156,7 +156,8 @@ class Stop(nn.Module):
         targets = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors}  # PEFT skips targets it cannot reach
         stop = cls(model, tokens.get("num_assess_tokens"), config.get("r"), config.get("lora_alpha"),
                    [target for target in TARGETS if target in targets], "softmax", True, config.get("lora_dropout", 0.0))
-        return stop._fill(tensors | {"tokens": token[None], "head.weight": head["weight"], "head.bias": head["bias"]}, file)
+        heads = {f"head.{name}": head[name] for name in ("weight", "bias")}
+        return stop._fill(tensors | heads | {"tokens": token[None]}, file)
 
     def _fill(self, tensors, file):
         state = {name.removeprefix("lora."): tensor for name, tensor in self.state_dict().items()}
@@ -198,8 +199,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
 
     cascade: [(checkpoint, keep), ...] instead of the one (prefix, keep). A path that ends before a checkpoint is scored
     as far as it goes and competes like any other, so exactly `keep` paths vote. Ties go to the lower index.
-    on_check(checkpoint, paths, kept) is called after each check, bar counts tokens. With keep = n the paths are those of
-    `generate`. Raises ValueError on stages that cannot be run.
+    on_check(checkpoint, paths, kept) is called after each check, bar counts tokens. With keep = n the paths are those
+    of `generate`. Raises ValueError on stages that cannot be run.
     """
     stages = cascade or [(prefix, keep)]
     for (length, kept), (before, had) in zip(stages, [(0, n), *stages]):
@@ -211,6 +212,7 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
     check_prompts(model, [prompt_ids], max_new_tokens + stop.m)
     paths = alive = [Path(list(prompt_ids), index) for index in range(n)]
     batch = Batch(model, paths, len(prompt_ids) + stages[0][0] + stop.m, seed, temperature, top_k, top_p, eos_ids, bar)
+    scored_at_end = []
     for stage, (length, kept) in enumerate(stages):
         # Launch: every path up to the checkpoint, on one static cache that was filled with the prompt once.
         batch.decode(length)
@@ -220,7 +222,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
         if batch.live:
             for path, score in zip(batch.live, stop.chance(stop(model, batch.cache)).tolist()):
                 path.score = score
-        ended = [path for path in alive if path.status == "eos" and len(path.ids) > (stages[stage - 1][0] if stage else 0)]
+        ended = [path for path in alive if path.status == "eos" and path not in scored_at_end]
+        scored_at_end += ended
         if ended:
             for path, score in zip(ended, stop.score(model, [prompt_ids + path.ids for path in ended]).tolist()):
                 path.score = score
@@ -258,35 +261,25 @@ def vote(answers, weights=None, kind="math"):
     return max(groups, key=lambda group: group[1])[0] if groups else None
 
 
-@dataclasses.dataclass
-class Settings:
-    """What `python stop.py` can be told; the paper's settings are the defaults."""
+@dataclasses.dataclass(kw_only=True)
+class Settings(Common):
+    """What `python stop.py` can be told."""
 
     prompt: str | None = option(None, "the question")
-    model: str = option("toy", "checkpoint directory or Hub id")
     stop: str | None = option(None, "folder of the trained STOP (default: stop/ in the model's directory)")
     n: int = option(64, "paths launched")
-    keep: int | None = option(None, "paths resumed (default: 8 of 64)")
+    keep: int | None = option(None, "paths resumed (default: an eighth)")
     retention: float | None = option(None, "paths resumed, as a share of n")
     budget: int | None = option(None, "all tokens to spend: the retention comes from the paper's guideline")
     task_length: int = option(8650, "tokens of a usual response, for the guideline")
     prefix: int | None = option(None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
     cascade: str | None = option(None, "several checkpoints, checkpoint:keep, as in 2048:32,4096:16")
     kind: str = option("math", "math or choice: what the answer is")
-    max_new_tokens: int | None = option(None, "limit of a path (default: what the context leaves, at most 16384)")
-    temperature: float = option(0.6, "0 = greedy")
-    top_k: int = option(40, "0 = off")
-    top_p: float = option(0.95, "1 = off")
-    seed: int = option(0, "of all randomness")
-    chat_format: str | None = option(None, "raw, r1, chatml or harmony (default: by the tokenizer's special tokens)")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")
 
 
 def main(settings):
     """Show one run: prefixes, scores, who was kept, answers, votes, tokens; the last line is one JSON object."""
-    model = load(settings.model, settings.device, torch_dtype(settings.dtype))
-    tokenizer = Tokenizer(settings.model, settings.chat_format)
+    model, tokenizer = open_model(settings)
     stop = Stop.load(settings.stop or File(settings.model) / "stop", model)
     if settings.prompt is None:
         raise ValueError("--prompt: found nothing, expected the question")

@@ -38,7 +38,18 @@ def _parse(raw, place):
     try:
         return json.loads(raw.decode("utf-8-sig").rstrip())
     except (ValueError, RecursionError) as error:       # also: not UTF-8, a number or a nesting without end
-        raise ValueError(f"{place}: malformed JSON: {str(error).replace('line 1 column', 'column')}") from None
+        raise ValueError(f"{place}: not JSON: {str(error).replace('line 1 column', 'column')}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises ValueError naming the file."""
+    try:
+        content = _parse(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {type(content).__name__}, expected a JSON object")
+    return content
 
 
 def read_records(path):

@@ -5,8 +5,8 @@
     python train.py --model M --labels labels.jsonl --out DIR   # on labels that exist, the authors' records included
 
 Supervision: 32 paths a problem, problems with 4 to 28 right ones stay; each path cut at the checkpoint is a prefix, and
-the share of its 32 continuations that end right is its soft label. Fit: frozen base, prefix without gradient, LoRA, [STOP]
-embeddings and head by AdamW. Both go on where a killed run stopped, to the same labels and the same weights.
+the share of its 32 continuations that end right is its soft label. Fit: frozen base, prefix without gradient, LoRA,
+[STOP] embeddings and head by AdamW. Both go on where a killed run stopped, to the same labels and the same weights.
 """
 import dataclasses
 import io
@@ -18,21 +18,19 @@ import torch
 from huggingface_hub.utils import tqdm
 
 import eval
-from model import load, read_json
-from sample import Tokenizer, check_prompts, command_line, generate, option, prefill, room, torch_dtype
+from sample import Common, check_prompts, command_line, generate, open_model, option, prefill, room
 from stop import Stop
-from task import extract_answer, open_for_append, read_problems, read_records, same_answer, write_atomic
+from task import extract_answer, open_for_append, read_json, read_problems, read_records, same_answer, write_atomic
 
 LABEL_KEYS = ("soft_label", "Soft_label", "good_probability", "label_prob", "score")  # ours, then the authors' others
 
 
-@dataclasses.dataclass
-class Settings:
-    """What `python train.py` can be told. The defaults are the paper's; a checkpoint's own recipe.json comes before them."""
+@dataclasses.dataclass(kw_only=True)
+class Settings(Common):
+    """What `python train.py` can be told. The defaults are the paper's; a checkpoint's recipe.json comes before them."""
 
-    model: str = option("toy", "checkpoint directory or Hub id")
     data: str | None = option(None, "training problems (default: train.jsonl in the model's directory)")
-    test: str | None = option(None, "held-out problems for the evaluation at the end (default: test.jsonl there, if any)")
+    test: str | None = option(None, "held-out problems, to evaluate at the end (default: test.jsonl there, if any)")
     labels: str | None = option(None, "train on these records instead of making them")
     out: str | None = option(None, "folder of the run (default: runs/ and the model's name)")
     problems: int | None = option(None, "only the first so many training problems")
@@ -42,10 +40,6 @@ class Settings:
     prefix: int = option(2048, "the checkpoint: new tokens of a prefix")
     prefixes: int = option(32, "prefixes a problem, the first of its paths")
     rollouts: int = option(32, "continuations of a prefix")
-    max_new_tokens: int | None = option(None, "limit of a path (default: what the context leaves, at most 16384)")
-    temperature: float = option(0.6, "of paths and continuations")
-    top_k: int = option(40, "0 = off")
-    top_p: float = option(0.95, "1 = off")
     batch: int = option(1024, "rows decoded at a time")
     m: int = option(4, "[STOP] tokens")
     shared: bool = option(False, "one vector for all [STOP] tokens, as the authors' code has it")
@@ -66,9 +60,6 @@ class Settings:
     cache_gb: float = option(4.0, "keep the prefixes' KV caches between epochs if they fit")
     n: int = option(64, "evaluation: paths a problem")
     keep: int = option(8, "evaluation: paths kept")
-    seed: int = option(0, "of all randomness")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "of the base model; STOP is float32")
 
 
 def recipe(flags):
@@ -83,8 +74,8 @@ def recipe(flags):
 def make_labels(model, tokenizer, problems, settings, out):
     """Soft labels of prefixes (section 4), one JSON line each in out/labels.jsonl; -> that file.
 
-    The first paths of the stratification, cut at the checkpoint, are the prefixes. The K continuations of a prefix share
-    its KV cache: it is prefilled once. A path that ends before the checkpoint is its own one continuation.
+    The first paths of the stratification, cut at the checkpoint, are the prefixes. A prefix is prefilled once and its K
+    continuations share that KV cache. A path that ends before the checkpoint is its own one continuation.
     """
     records = eval.sample_paths(model, tokenizer, problems, out, settings.paths, settings.max_new_tokens,
                                 settings.temperature, settings.top_k, settings.top_p, settings.seed, settings.batch)
@@ -96,7 +87,7 @@ def make_labels(model, tokenizer, problems, settings, out):
     done, file = open_for_append(out / "labels.jsonl")
     K, size = settings.rollouts, max(1, settings.batch // settings.rollouts)
     with file, tqdm(total=len(todo), initial=len(done), unit="prefix", desc="rollouts", disable=None) as bar:
-        for start in range(len(done) // size * size, len(todo), size):  # fixed groups: a repeated one comes out the same
+        for start in range(len(done) // size * size, len(todo), size):  # fixed groups: repeated, they come out the same
             group = todo[start:start + size]
             prompts = [record["prompt_ids"] + record["paths"][path][:settings.prefix] for record, _, path in group]
             open_ended = [prompt for prompt, (record, _, path) in zip(prompts, group)
@@ -142,7 +133,7 @@ def read_labels(file, model, m):
 
 
 def split(examples, share, seed):
-    """(training, validation) examples: whole problems, a share of them drawn by the seed. ValueError if one is empty."""
+    """(training, validation) examples: whole problems, a share of them drawn by the seed. ValueError if none is left."""
     problems = sorted({problem for _, _, problem in examples})
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed)).tolist()
     held = {problems[i] for i in order[:max(1, round(share * len(problems)))]}
@@ -239,9 +230,10 @@ def fit(model, examples, settings, out):
         first, best = saved["epochs"], saved["best"]
         stop.load_state_dict(saved["stop"])
         optimizer.load_state_dict(saved["optimizer"])
-    print(f"fit: {len(train.labels)} prefixes of {len(set(train.groups))} problems, mean label {train.labels.mean():.3f}; "
-          f"validation {len(held.labels)} of {len(set(held.groups))}, mean label {held.labels.mean():.3f}; "
-          f"{sum(p.numel() for p in stop.parameters()):,} parameters", flush=True)
+    for name, part in (("fit", train), ("validation", held)):
+        print(f"{name}: {len(part.labels)} prefixes of {len(set(part.groups))} problems, "
+              f"mean label {part.labels.mean():.3f}", flush=True)
+    print(f"{sum(p.numel() for p in stop.parameters()):,} trained parameters")
     steps = math.ceil(len(train.batches) / settings.accumulation)  # an epoch
     with tqdm(total=settings.epochs * steps, initial=first * steps, unit="step", desc="fit", disable=None) as bar:
         for epoch in range(first, settings.epochs):
@@ -270,16 +262,18 @@ def claim(out, settings):
 
 def held_out(problems, tests):
     """Raise ValueError where a training problem is a held-out one."""
-    texts = {" ".join(problem.problem.split()): problem.id for problem in tests}
+    def key(problem):
+        return " ".join(problem.problem.split())
+
+    held = {key(problem): problem.id for problem in tests}
     for problem in problems:
-        if " ".join(problem.problem.split()) in texts:
-            raise ValueError(f"data: problem {problem.id} is held-out problem {texts[' '.join(problem.problem.split())]}")
+        if key(problem) in held:
+            raise ValueError(f"data: problem {problem.id} is held-out problem {held[key(problem)]}")
 
 
 def main(settings):
     """Make labels (unless given), fit, evaluate (where there are held-out problems)."""
-    model = load(settings.model, settings.device, torch_dtype(settings.dtype))
-    tokenizer, folder = Tokenizer(settings.model), File(settings.model)
+    (model, tokenizer), folder = open_model(settings), File(settings.model)
     out = File(settings.out or File("runs") / folder.name)
     test = settings.test or (folder / "test.jsonl" if (folder / "test.jsonl").is_file() else None)
     tests = read_problems(test) if test else []

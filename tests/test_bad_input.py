@@ -215,6 +215,13 @@ def test_any_wrong_type_is_a_value_error(tmp_path, kind):
     assert not escaped, "\n".join(escaped)
 
 
+def test_mxfp4_needs_blocks_of_32():
+    """48 inputs do not fill blocks of 32: refused before any tensor is read."""
+    raw = raw_config("gpt_oss", intermediate_size=48, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ValueError, match="intermediate_size.*48.*32"):
+        Config.from_dict(raw)
+
+
 def test_what_changes_nothing_is_accepted():
     """Keys of real checkpoints that are inert, and null for anything unknown."""
     inert = {"architectures": ["X"], "torch_dtype": "bfloat16", "transformers_version": "4.43", "use_cache": True, "unknown": None,

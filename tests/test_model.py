@@ -91,7 +91,7 @@ def test_golden_routing(case):
         pytest.skip("no experts")
     seen = []
     for layer in model.model.layers:
-        layer.mlp.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1:]))
+        layer.mlp.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1:3]))
     model(torch.tensor([info["rows"][0]["input_ids"]]))
     for layer, (weights, chosen) in enumerate(seen):
         expected, indices = tensors["debug.router.weights.row0"][layer], tensors["debug.router.indices.row0"][layer]

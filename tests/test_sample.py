@@ -381,14 +381,12 @@ def test_each_path_is_reported_once_as_it_ends(sampled):
         total, n = 9 * 3 * 30, 0
 
         def update(self, count):
-            Bar.n += count
+            self.n += count
 
     seen, bar = [], Bar()
-    generate(model, PROMPTS, n=9, eos_ids=eos, bar=bar, batch=10, on_end=lambda path: seen.append((path.prompt_ids[0], path)),
-             **SAMPLING)
-    assert len(seen) == 27 and all(path.status in ("eos", "length") for _, path in seen)
-    tokens = sum(len(path.ids) for group in groups for path in group)
-    assert bar.total == tokens
+    generate(model, PROMPTS, n=9, eos_ids=eos, bar=bar, batch=10, on_end=seen.append, **SAMPLING)
+    assert len({id(path) for path in seen}) == len(seen) == 27 and all(path.status in ("eos", "length") for path in seen)
+    assert bar.total == bar.n == sum(len(path.ids) for group in groups for path in group)
 
 
 def test_the_models_own_end_tokens_are_the_default(sampled):

@@ -159,9 +159,9 @@ def test_read_problems_from_lines_and_lists(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"", "FILE: found no record, expected JSON lines or a JSON list of problems"),
     (b"[]", "FILE: found no record, expected JSON lines or a JSON list of problems"),
-    (b'{"problem": "a", "answer": 1}\n{"problem": "b", "ans\n', "FILE:2: malformed JSON: Unterminated string"),
-    (b'[{"problem": "a", "answer": 1},', "FILE: malformed JSON: Expecting value"),
-    (b'\xff\xfe', "FILE:1: malformed JSON: 'utf-8' codec"), (b"[" * 100_000, "FILE: malformed JSON: maximum recursion"),
+    (b'{"problem": "a", "answer": 1}\n{"problem": "b", "ans\n', "FILE:2: not JSON: Unterminated string"),
+    (b'[{"problem": "a", "answer": 1},', "FILE: not JSON: Expecting value"),
+    (b'\xff\xfe', "FILE:1: not JSON: 'utf-8' codec"), (b"[" * 100_000, "FILE: not JSON: maximum recursion"),
     (b'{"answer": 1}', "FILE:1: problem: found nothing, expected the text of a `problem` or `question`"),
     (b'[{"question": " ", "answer": 1}]', 'FILE: record 1: question: found " ", expected the text'),
     (b'{"problem": "a"}', "FILE:1: answer: found nothing, expected text or a number"),
@@ -204,7 +204,7 @@ def test_append_starts_a_missing_file_and_reports_damage_inside(tmp_path):
     file.close()
     assert done == [] and path.read_bytes() == b""
     path.write_bytes(b'{"a": 1}\n{"a"\n{"a": 3}\n')
-    with pytest.raises(ValueError, match="new.jsonl:2: malformed JSON"):
+    with pytest.raises(ValueError, match="new.jsonl:2: not JSON"):
         open_for_append(path)
     assert path.read_bytes() == b'{"a": 1}\n{"a"\n{"a": 3}\n'
 
