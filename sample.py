@@ -400,9 +400,9 @@ def open_model(settings):
     return model, Tokenizer(settings.model, settings.chat_format)
 
 
-def room(model, prompt_ids, limit=None, extra=0):
+def room(model, prompt_ids, limit=None):
     """How many new tokens a path may have: `limit`, or what the context leaves, at most the paper's 16,384."""
-    left = model.config.max_position_embeddings - len(prompt_ids) - extra
+    left = model.config.max_position_embeddings - len(prompt_ids)
     return max(1, min(16384, left)) if limit is None else limit
 
 

@@ -1,7 +1,6 @@
 """STOP (arXiv 2604.16029, section 3): Launch N prefixes, Check them with [STOP] tokens, Resume the best k, and vote.
 
-    python stop.py --prompt "..." --n 64 --keep 8 --prefix 2048        # a run, shown step by step
-    python stop.py --score prefixes.jsonl --out scored.jsonl           # the score of every recorded prefix
+    python stop.py --prompt "..." --n 64 --keep 8 --prefix 2048
 
 A frozen model, m learned [STOP] embeddings laid on a cached prefix, a LoRA that is active only there, and a head that
 turns the last [STOP] position's final hidden state into the chance that this path ends right.
@@ -209,10 +208,10 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
                              f"{max_new_tokens} new tokens")
         if not 1 <= kept <= had:
             raise ValueError(f"keep: found {kept}, expected 1 to {had}")
-    check_prompts(model, [prompt_ids], max_new_tokens + stop.m)
+    check_prompts(model, [prompt_ids], max(max_new_tokens, stages[-1][0] + stop.m))
     paths = alive = [Path(list(prompt_ids), index) for index in range(n)]
     batch = Batch(model, paths, len(prompt_ids) + stages[0][0] + stop.m, seed, temperature, top_k, top_p, eos_ids, bar)
-    scored_at_end = []
+    scored_at_end = set()
     for stage, (length, kept) in enumerate(stages):
         # Launch: every path up to the checkpoint, on one static cache that was filled with the prompt once.
         batch.decode(length)
@@ -222,8 +221,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
         if batch.live:
             for path, score in zip(batch.live, stop.chance(stop(model, batch.cache)).tolist()):
                 path.score = score
-        ended = [path for path in alive if path.status == "eos" and path not in scored_at_end]
-        scored_at_end += ended
+        ended = [path for path in alive if path.status == "eos" and path.index not in scored_at_end]
+        scored_at_end.update(path.index for path in ended)
         if ended:
             for path, score in zip(ended, stop.score(model, [prompt_ids + path.ids for path in ended]).tolist()):
                 path.score = score
@@ -237,6 +236,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
         until = stages[stage + 1][0] if stage + 1 < len(stages) else max_new_tokens
         if batch.live:
             batch.resize(len(prompt_ids) + until + stop.m)
+        if bar is not None:
+            bar.total = bar.n + len(batch.live) * (max_new_tokens - length)
         if on_check is not None:
             on_check(length, paths, alive)
     batch.decode(max_new_tokens)
@@ -265,7 +266,7 @@ def vote(answers, weights=None, kind="math"):
 class Settings(Common):
     """What `python stop.py` can be told."""
 
-    prompt: str | None = option(None, "the question")
+    prompt: str = dataclasses.field(metadata={"help": "the question"})
     stop: str | None = option(None, "folder of the trained STOP (default: stop/ in the model's directory)")
     n: int = option(64, "paths launched")
     keep: int | None = option(None, "paths resumed (default: an eighth)")
@@ -281,10 +282,8 @@ def main(settings):
     """Show one run: prefixes, scores, who was kept, answers, votes, tokens; the last line is one JSON object."""
     model, tokenizer = open_model(settings)
     stop = Stop.load(settings.stop or File(settings.model) / "stop", model)
-    if settings.prompt is None:
-        raise ValueError("--prompt: found nothing, expected the question")
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
-    limit, n = room(model, prompt_ids, settings.max_new_tokens, stop.m), settings.n
+    limit, n = room(model, prompt_ids, settings.max_new_tokens), settings.n
     prefix = settings.prefix or stop.trained.get("settings", {}).get("prefix", 2048)
     keep, ratio = settings.keep, settings.retention
     if settings.budget:

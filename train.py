@@ -93,6 +93,8 @@ def make_labels(model, tokenizer, problems, settings, out):
             open_ended = [prompt for prompt, (record, _, path) in zip(prompts, group)
                           if len(record["paths"][path]) > settings.prefix]
             limit = min(room(model, record["prompt_ids"], settings.max_new_tokens) for record, _, _ in group)
+            if limit <= settings.prefix:
+                raise ValueError(f"prefix: found {settings.prefix}, expected less than the limit of {limit} new tokens")
             rolled = iter(generate(model, open_ended, K, limit - settings.prefix, settings.temperature, settings.top_k,
                                    settings.top_p, settings.seed, batch=settings.batch) if open_ended else ())
             for i, (prompt, (record, problem, path)) in enumerate(zip(prompts, group), start):

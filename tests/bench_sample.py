@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(File(__file__).parent.parent))
 from model import Config, Decoder, load
-from sample import Batch, Path, command_line, option, torch_dtype
+from sample import Batch, Path, command_line, option
 
 try:
     import transformers
@@ -229,7 +229,7 @@ def bandwidth_share(model, step):
 def measure(size, settings, folder):
     """All figures of one size."""
     device, raw = torch.device(settings.device), SIZES[size]
-    dtype = torch_dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     alone = transformers is None or size == "gpt-oss-20b"
     if size == "gpt-oss-20b":
         model = build(raw, device, dtype)

@@ -254,8 +254,8 @@ def pretrain(model, corpus, tokens, peak, name, settings):
 
 # ----------------------------------------------------------------------------------------------------------- the files
 
-def write_checkpoint(folder, model, config, tokenizer, settings):
-    """A checkpoint directory like any other; the weights are stored in bfloat16, with the settings in their header."""
+def write_checkpoint(folder, model, config, tokenizer):
+    """A checkpoint directory like any other; the weights are stored in bfloat16."""
     files = {"config.json": config, "generation_config.json": {
         "eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"], "do_sample": True,
         "temperature": 0.6, "top_k": 40, "top_p": 0.95}, "tokenizer_config.json": {
@@ -265,9 +265,8 @@ def write_checkpoint(folder, model, config, tokenizer, settings):
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
-    made = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
     save_file({name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()},
-              folder / "model.safetensors", metadata={"format": "pt", "made_with": json.dumps(made)})
+              folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def measure(folder, rng, count, n=32):
@@ -314,7 +313,7 @@ def main(settings):
 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as beside:  # renamed at the end: nothing half-made
-        write_checkpoint(Path(beside), model, config, tokenizer, settings)
+        write_checkpoint(Path(beside), model, config, tokenizer)
         for name, part in (("train", problems[:settings.train]), ("test", problems[settings.train:])):
             records = [{"id": f"toy-{name}-{number:04d}", "problem": problem.text, "answer": str(problem.counts[-1])}
                        for number, problem in enumerate(part, 1)]
