@@ -153,7 +153,8 @@ def table(report):
     n, keep, best = report["n"], report["keep"], report["stop_minus_best_other"]
     keys = ("avg", "gain", "cons", "saved", "auroc", "pairwise")
     lines = [f"{report['problems']} problems, {n} paths each, checkpoint {report['prefix']}; "
-             f"pass@{n} {report['pass']:.3f}", "", f"| scorer | avg@{keep} of {n} | gain over all {n} | cons | tokens saved | AUROC | pairwise |",
+             f"pass@{n} {report['pass']:.3f}", "",
+             f"| scorer | avg@{keep} of {n} | gain over all {n} | cons | tokens saved | AUROC | pairwise |",
              "|---|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join([name, *(show(row.get(key)) for key in keys)]) + " |"
               for name, row in report["rows"].items()]

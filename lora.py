@@ -16,7 +16,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Linear(nn.Linear):
-    """A linear map (..., in) -> (..., out) that an adapter may join. `name`, its checkpoint name, is set by the model."""
+    """A linear map (..., in) -> (..., out) that an adapter may join. The model sets `name`, its checkpoint name."""
 
     name = None
 

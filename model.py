@@ -301,7 +301,6 @@ class Layer(nn.Module):
 
 class Decoder(nn.Module):
     """A causal language model. Base weights are frozen by `load`; an adapter (lora.LoRA) may join a single pass."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config

@@ -153,8 +153,9 @@ class Stop(nn.Module):
             raise ValueError(f"{folder}: a weight file cannot be read: {str(error).splitlines()[0]}") from None
         tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
         targets = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors}  # PEFT skips targets it cannot reach
-        stop = cls(model, tokens.get("num_assess_tokens"), config.get("r"), config.get("lora_alpha"),
-                   [target for target in TARGETS if target in targets], "softmax", True, config.get("lora_dropout", 0.0))
+        targets = [target for target in TARGETS if target in targets]
+        stop = cls(model, tokens.get("num_assess_tokens"), config.get("r"), config.get("lora_alpha"), targets,
+                   "softmax", shared=True, dropout=config.get("lora_dropout", 0.0))
         heads = {f"head.{name}": head[name] for name in ("weight", "bias")}
         return stop._fill(tensors | heads | {"tokens": token[None]}, file)
 

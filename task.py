@@ -184,7 +184,8 @@ def _letter(text):
 
 
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    ("[−–]", "-"), ("[×·]", "*"), ("，", ","), ("π", r"\\pi "), (r"√\s*([0-9]+)", r"\\sqrt{\1}"), ("√", r"\\sqrt "),
+    ("[−–]", "-"), ("[×·]", "*"), ("，", ","), ("π", r"\\pi "),
+    (r"√\s*([0-9]+)", r"\\sqrt{\1}"), ("√", r"\\sqrt "),
     (r"\\!|\{,\}|\\?\$|\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
     (r"\\[,;: ]|~|\\q?quad|\s+", " "), (r"\\[dtc]frac", r"\\frac"),
     (r"\\?%|\^?\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|°", ""),

@@ -27,7 +27,7 @@ LABEL_KEYS = ("soft_label", "Soft_label", "good_probability", "label_prob", "sco
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
-    """What `python train.py` can be told. The defaults are the paper's; a checkpoint's recipe.json comes before them."""
+    """What `python train.py` can be told. The defaults are the paper's; a checkpoint's recipe.json replaces them."""
 
     data: str | None = option(None, "training problems (default: train.jsonl in the model's directory)")
     test: str | None = option(None, "held-out problems, to evaluate at the end (default: test.jsonl there, if any)")
@@ -135,7 +135,7 @@ def read_labels(file, model, m):
 
 
 def split(examples, share, seed):
-    """(training, validation) examples: whole problems, a share of them drawn by the seed. ValueError if none is left."""
+    """(training, validation) examples, by whole problems, drawn by the seed. ValueError if none is left to train on."""
     problems = sorted({problem for _, _, problem in examples})
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed)).tolist()
     held = {problems[i] for i in order[:max(1, round(share * len(problems)))]}
