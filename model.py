@@ -224,7 +224,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Qwen's gated feed-forward."""
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -286,7 +285,6 @@ class MoE(nn.Module):
 
 class Layer(nn.Module):
     """One decoder block, pre-norm, residual."""
-
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config)
@@ -395,7 +393,9 @@ def _tensor_files(folder):
             opened = safe_open(folder / shard, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / shard}: not a whole safetensors file: {error}") from None
-        files |= {name: (folder / shard, opened) for name in opened.keys()}
+        for name in opened.keys():
+            if files.setdefault(name, (folder / shard, opened))[0] != folder / shard:
+                raise ValueError(f"{folder / shard}: {name}: found twice, in {files[name][0].name} too")
     return files
 
 

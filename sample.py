@@ -77,7 +77,7 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
     """
     check_sampling(temperature, top_k, top_p)
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-30:  # so small a number would divide to nan
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
     size = logits.shape[-1]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(File(__file__).parent.parent))
 from model import Config, Decoder, load
-from sample import Batch, Path, command_line, option, torch_dtype
+from sample import Batch, Path, command_line, option
 
 try:
     import transformers
@@ -179,7 +179,7 @@ def bandwidth_share(model, step):
 
 
 def working_memory(device, run):
-    """Peak bytes of a run beyond what was held before it, weights included there: CUDA's allocations, or Linux's pages."""
+    """Peak bytes of a run beyond what was held before it (weights): CUDA's allocations, or Linux's resident pages."""
     def held(key):
         return int(File("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
 
@@ -198,7 +198,7 @@ def working_memory(device, run):
 def measure(size, settings, folder):
     """All figures of one size."""
     device, config = torch.device(settings.device), Config.from_dict(SIZES[size])
-    dtype = torch_dtype(settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     theirs = {}
     if size == "gpt-oss-20b":  # made on the device: no file, no second copy, so transformers is left out
         with torch.device("meta"):
@@ -253,16 +253,17 @@ def main(settings):
         print("transformers is not installed: ours alone")
     torch.set_num_threads(settings.threads)
     git = ["git", "-C", File(__file__).parent, "describe", "--always", "--dirty"]
-    result = {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(), "machine": torch.cuda.get_device_name() if cuda else
-              platform.platform(), "threads": settings.threads, "load_at_start": os.getloadavg()[0],
-              "torch": torch.__version__, "transformers": transformers and transformers.__version__, "sizes": []}
+    result = {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+              "machine": torch.cuda.get_device_name() if cuda else platform.platform(), "threads": settings.threads,
+              "load_at_start": os.getloadavg()[0], "torch": torch.__version__,
+              "transformers": transformers and transformers.__version__, "sizes": []}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             row = measure(size, settings, folder)
         print(f"\n{size}: {ROWS} paths, {PROMPT} + {NEW} tokens; times in seconds")
         for name, value in row.items():
             print(f"  {name:36}{value:,.4g}" if isinstance(value, float) else f"  {name:36}{value}")
-        result["sizes"].append({name: round(value, 5) if type(value) is float else value for name, value in row.items()})
+        result["sizes"].append({name: round(x, 5) if isinstance(x, float) else x for name, x in row.items()})
     print(json.dumps(result))
 
 

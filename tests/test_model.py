@@ -376,6 +376,16 @@ def test_saved_and_loaded(tmp_path, kind):
     assert difference.median() < 0.2  # the median, since one expert chosen otherwise moves a position far
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_far_positions_in_bfloat16(tmp_path, kind):
+    """Angles stay float32: position 400 is no bfloat16 number, and rounding there would turn the keys by a radian."""
+    folder, ids = write_checkpoint(tmp_path / "it", raw_config(kind)), random_ids(1, 500)
+    half, single = load(folder, dtype=torch.bfloat16), load(folder)
+    single.load_state_dict(half.state_dict())  # the same rounded weights, other arithmetic
+    difference = (half(ids).float() - single(ids))[0].abs()
+    assert difference[400:].median() < 4 * difference[:20].median()
+
+
 def test_a_tied_head_on_disk(tmp_path):
     """The one tensor that may be absent or present: equal to the embeddings it is accepted, else refused."""
     raw = raw_config("qwen2", tie_word_embeddings=True)

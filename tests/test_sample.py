@@ -497,3 +497,9 @@ def test_golden_tokenizer(name):
         step = tokenizer.stream()
         assert "".join(step(token) for token in known["ids"]) == known["decoded"]
     assert tokenizer.format == ("harmony" if "gptoss" in name else "chatml")
+
+
+def test_a_tiny_temperature_is_greedy():
+    """1e-46 is 0 in float32, and 0 / 0 no probability."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert probabilities(logits, 1e-46, 2, 0.9).tolist() == [[0.0, 1.0, 0.0]]

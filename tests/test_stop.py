@@ -333,3 +333,225 @@ def test_the_script(tmp_path, capsys, monkeypatch):
         sample.command_line(room.Settings, room.main)
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert last["kept"] == kept and last["n"] == 6
+
+
+# ------------------------------------------------------------------------------------------- cascades, and what is told
+
+
+@pytest.mark.parametrize("eos", ((), range(3, 61, 7)))
+def test_a_pruning_cascade_by_hand(pair, monkeypatch, eos):
+    """Stage by stage from whole paths and `score`: catches pruned paths that come back, ended ones that are scored again at
+    the next checkpoint or cut, a stage that ranks all n, a cache that keeps pruned rows, tokens that are not counted."""
+    model, stop = pair
+    stages, batches, told = [(4, 9), (10, 5), (20, 2)], [], []
+    monkeypatch.setattr(room, "Batch", lambda *args: batches.append(sample.Batch(*args)) or batches[-1])
+    whole = generate(model, [PROMPT], 12, 40, eos_ids=eos, **SAMPLING)[0]
+    assert not eos or min(len(path.ids) for path in whole) <= 4 and any(4 < len(path.ids) <= 20 for path in whole), "no early ends"
+
+    def check(length, paths, kept):
+        running = [path for path in kept if path.status == "running"]
+        assert {id(path) for path in batches[0].live} == {id(path) for path in running}
+        assert not running or batches[0].cache.rows == len(batches[0].cache.keys[0]) == len(running)
+        told.append((length, len(paths), [path.index for path in kept]))
+
+    paths = launch_check_resume(model, stop, PROMPT, 12, cascade=stages, max_new_tokens=40, eos_ids=eos, on_check=check, **SAMPLING)
+    alive, scores, cut = list(range(12)), {}, {}
+    for (length, keep), (seen, count, kept) in zip(stages, told, strict=True):
+        found = stop.score(model, [PROMPT + whole[i].ids[:length] for i in alive]).tolist()
+        scores |= dict(zip(alive, found))
+        order = sorted(alive, key=lambda i: (-scores[i], i))
+        cut |= {i: min(length, len(whole[i].ids)) for i in order[keep:]}
+        alive = order[:keep]
+        assert (seen, count, kept) == (length, 12, alive)
+    for i, (path, full) in enumerate(zip(paths, whole)):
+        assert path.ids == full.ids[:cut.get(i)] and path.status == ("pruned" if i in cut else full.status)
+        assert path.score == pytest.approx(scores[i], abs=1e-4)
+    assert sum(path.status != "pruned" for path in paths) == 2
+    assert batches[0].decoded == sum(len(path.ids) for path in paths)
+
+
+@pytest.mark.parametrize("eos", ((), range(3, 61, 7)))
+def test_the_bar_ends_full(pair, eos):
+    """After pruning and early ends the total is what was really decoded: else rate and time left are wrong all along."""
+    bar = type("", (), {"n": 0, "total": 12 * 40, "update": lambda self, count: setattr(self, "n", self.n + count)})()
+    paths = launch_check_resume(*pair, PROMPT, 12, cascade=[(4, 9), (10, 5)], max_new_tokens=40, eos_ids=eos, bar=bar, **SAMPLING)
+    assert bar.n == sum(len(path.ids) for path in paths) and bar.total == bar.n
+
+
+def test_paths_that_have_all_ended(pair):
+    """Nothing is left to check or decode; the best of them still win."""
+    model, stop = pair
+    paths = launch_check_resume(model, stop, PROMPT, 5, cascade=[(3, 4), (6, 2)], max_new_tokens=9, eos_ids=range(61), **SAMPLING)
+    scores = stop.score(model, [PROMPT + path.ids for path in paths]).tolist()
+    best = sorted(range(5), key=lambda i: (-scores[i], i))[:2]
+    assert [path.status for path in paths] == ["eos" if i in best else "pruned" for i in range(5)]
+
+
+@pytest.mark.parametrize("change", ({"num_attention_heads": 2, "num_key_value_heads": 1}, {"rms_norm_eps": 1e-5}, {"vocab_size": 62},
+                                    {"num_hidden_layers": 2}, {"tie_word_embeddings": True}))
+def test_the_fingerprint_sees(change):
+    """A field left out of the digest would let a STOP score another base model's prefixes."""
+    assert room.fingerprint(random_model("qwen2")) != room.fingerprint(random_model("qwen2", **change))
+
+
+SAME = "what changes no hidden state is in the digest"
+
+
+@pytest.mark.parametrize("kind, changes", (
+    ("qwen2", {"eos_token_id": [1, 2]}), ("gpt_oss", {"max_position_embeddings": 99}),
+    pytest.param("qwen2", {"max_position_embeddings": 99}, marks=pytest.mark.xfail(strict=True, reason=SAME)),
+    pytest.param("qwen2", {"rope_theta": 10000}, marks=pytest.mark.xfail(strict=True, reason=SAME))))
+def test_the_fingerprint_does_not_see(kind, changes):
+    """Where generation ends, how much context is served, and whether a number was written as 1e4 or 10000 change no hidden
+    state: a STOP survives such an edit of config.json."""
+    one, other = (Decoder(Config.from_dict(raw_config(kind, **edits))) for edits in ({}, changes))
+    assert room.fingerprint(one) == room.fingerprint(other)
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in (GOLDEN / "checkpoints").iterdir()))
+def test_the_fingerprint_is_that_of_either_spelling(name):
+    """The same checkpoint, its config saved by transformers 4 or 5."""
+    four, five = (Config.from_dict(json.loads((GOLDEN / "checkpoints" / name / f"config{end}.json").read_text()))
+                  for end in ("", ".transformers5"))
+    with torch.device("meta"):
+        assert room.fingerprint(Decoder(four)) == room.fingerprint(Decoder(five))
+
+
+def test_what_was_trained_is_kept(pair, tmp_path):
+    """Loaded and saved again without new settings, the old ones stay."""
+    model, stop = pair
+    stop.save(tmp_path / "a", {"settings": {"prefix": 7}})
+    Stop.load(tmp_path / "a", model).save(tmp_path / "b")
+    assert Stop.load(tmp_path / "b", model).trained == {"settings": {"prefix": 7}}
+
+
+def test_files_that_disagree(pair, tmp_path):
+    """stop.json belongs to its tensors: that of another rank is refused, whichever of the two files was exchanged."""
+    model, _ = pair
+    random_stop(model, rank=4).save(tmp_path / "a")
+    random_stop(model, rank=5).save(tmp_path / "b")
+    for name in ("stop.json", "stop.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "a", folder)
+        shutil.copyfile(tmp_path / "b" / name, folder / name)
+        with pytest.raises(ValueError, match="stop.json: rank: found [45], expected [54]"):
+            Stop.load(folder, model)
+
+
+@pytest.mark.parametrize("name", ("open", "fsync", "replace"))
+def test_a_disk_that_fills_up_anywhere(pair, tmp_path, monkeypatch, name):
+    """At the first file, whichever call fails: the old checkpoint whole, no litter; a checkpoint that is new leaves none."""
+    model, stop = pair
+    stop.save(tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*(("builtins.open", full) if name == "open" else (f"task.os.{name}", full)))
+    for folder in ("old", "new"):
+        with pytest.raises(OSError):
+            random_stop(model, seed=9).save(tmp_path / folder)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("about", ("[1]", "{", '{"m": "x", "rank": 4, "head": "sigmoid"}', '{"m": 3, "rank": 4, "head": "sigmoid", "targets": 5}'))
+@pytest.mark.xfail(strict=True, raises=(AttributeError, TypeError, AssertionError), reason="a traceback, or no file's name, instead of one line")
+def test_metadata_that_is_none(pair, tmp_path, about):
+    """Whatever stands in the safetensors metadata, the error is a ValueError that names the file."""
+    model, stop = pair
+    stop.save(tmp_path)
+    save_file(load_file(tmp_path / "stop.safetensors"), tmp_path / "stop.safetensors", {"stop": about})
+    with pytest.raises(ValueError) as caught:
+        Stop.load(tmp_path, model)
+    assert "stop.safetensors" in str(caught.value)
+
+
+def released(tmp_path):
+    """(a copy of an authors' folder, its base model)."""
+    folder = GOLDEN / "scorers" / SCORERS[0]
+    shutil.copytree(folder / "checkpoint", tmp_path / "it", copy_function=shutil.copyfile)
+    return tmp_path / "it", load(GOLDEN / json.loads((folder / "expected.json").read_text())["base_checkpoint"])
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_released_rank_that_disagrees(tmp_path):
+    """adapter_config.json's r is not that of the weights: the scale alpha / r would be wrong."""
+    folder, model = released(tmp_path)
+    edit(folder / "adapter" / "classifier" / "adapter_config.json", r=3)
+    with pytest.raises(ValueError, match=r"adapter_model.*lora_A.weight: found shape \[\d+, \d+\], expected \[3, "):
+        Stop.load(folder, model)
+
+
+def test_a_release_for_another_model(tmp_path):
+    """Of other widths: refused by the tensor's name."""
+    folder, _ = released(tmp_path)
+    with pytest.raises(ValueError, match="found shape"):
+        Stop.load(folder, random_model("qwen3"))
+
+
+@pytest.mark.parametrize("key, value", (("lora_bias", True), ("fan_in_fan_out", True), ("target_parameters", ["mlp.experts.down_proj"]),
+                                        ("layer_replication", [[0, 2]]), ("use_qalora", True)))
+def test_more_peft_settings_that_would_change_scores(tmp_path, key, value):
+    """Ignored, each of them would give other scores than the release without a word."""
+    folder, model = released(tmp_path)
+    edit(folder / "adapter" / "classifier" / "adapter_config.json", **{key: value})
+    with pytest.raises(ValueError, match=f"adapter_config.json: {key}: found"):
+        Stop.load(folder, model)
+
+
+def test_released_dropout_is_for_training_only(tmp_path):
+    """It is kept for more training, and a score does not draw from it."""
+    folder, model = released(tmp_path)
+    before = Stop.load(folder, model).score(model, [[5, 6, 7]])
+    edit(folder / "adapter" / "classifier" / "adapter_config.json", lora_dropout=0.5)
+    stop = Stop.load(folder, model)
+    assert stop.lora.dropout == 0.5
+    assert torch.equal(stop.eval().score(model, [[5, 6, 7]]), before)
+
+
+BROKEN = {
+    "an empty head": lambda folder: (folder / "classifier_head.pth").write_bytes(b""),
+    "a head without bias": lambda folder: torch.save({"weight": torch.zeros(2, 64)}, folder / "classifier_head.pth"),
+    "a head that is a list": lambda folder: torch.save([1], folder / "classifier_head.pth"),
+    "a token that is text": lambda folder: torch.save({"input_embedding": "x"}, folder / "assess_token_embedding.pth"),
+    "no number of tokens": lambda folder: edit(folder / "assess_token_config.json", num_assess_tokens=None),
+    "no rank": lambda folder: edit(folder / "adapter" / "classifier" / "adapter_config.json", r=None)}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.xfail(strict=True, raises=(TypeError, KeyError, EOFError), reason="a traceback instead of one line")
+def test_a_broken_release(tmp_path, what):
+    """On the command line only ValueError and OSError are one line and exit status 2."""
+    folder, model = released(tmp_path)
+    BROKEN[what](folder)
+    with pytest.raises(ValueError):
+        Stop.load(folder, model)
+
+
+def test_what_the_script_says(tmp_path, capsys, monkeypatch):
+    """Tokens are those of all paths, the saving is against the kept ones' mean, the votes are those of the kept alone:
+    path i answers i % 2, and its score is the larger the higher i."""
+    folder = write_checkpoint(tmp_path / "it", raw_config("qwen2", vocab_size=300))
+    write_tokenizer(folder)
+    random_stop(load(folder)).save(folder / "stop", {"settings": {"prefix": 4}})
+    status = ["eos", "pruned", "eos", "eos", "pruned", "length"]
+    lengths, scores = [10, 4, 20, 30, 4, 40], [0.1, 0.9, 0.2, 0.25, 0.05, 0.15]
+
+    def known(model, stop, prompt_ids, n, keep, prefix, cascade, *_, **__):
+        assert (n, keep, prefix, cascade) == (6, 1, 4, None)
+        return [sample.Path(prompt_ids, i, [i] * lengths[i], status[i], scores[i]) for i in range(6)]
+
+    monkeypatch.setattr(room, "launch_check_resume", known)
+    monkeypatch.setattr(sample.Tokenizer, "completion", lambda self, ids: "\\boxed{%d}" % (ids[0] == 2 or ids[0] == 3))
+    monkeypatch.setattr("sys.argv", ["stop.py", "--model", str(folder), "--prompt", "hi", "--n", "6", "--device", "cpu",
+                                     "--dtype", "float32"])
+    sample.command_line(room.Settings, room.main)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["majority"] == "0" and last["weighted"] == "1" and last["kept"] == 4 and last["tokens"] == 108
+    assert last["tokens_saved_estimate"] == pytest.approx(1 - 108 / (6 * 25), abs=1e-4)
