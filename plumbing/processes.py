@@ -1,0 +1,66 @@
+"""One process, or several side by side: `torchrun --nproc-per-node N train.py ...` (torch.distributed, data parallel).
+
+Without torchrun every function here does what one process needs: nothing. Work is dealt out by problem: process r of
+N takes items r, r + N, ...; rank 0 prints, draws the bars and writes what is written once.
+"""
+import os
+
+import torch
+import torch.distributed as distributed
+
+
+def start(device):
+    """Join the processes that torchrun started, if it did; -> the device of this one ("cuda" becomes "cuda:1")."""
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
+def count():
+    """How many processes work together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    """Which of them this one is, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def is_first():
+    """Whether this process prints and writes what is printed and written once."""
+    return rank() == 0
+
+
+def mine(items):
+    """This process's share of a list."""
+    return items[rank()::count()]
+
+
+def wait_for_all():
+    """Return when every process has come here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+def gather(share):
+    """The whole list, on every process, of which each holds its share as `mine` deals it out."""
+    if count() == 1:
+        return share
+    shares = [None] * count()
+    distributed.all_gather_object(shares, share)
+    whole = [None] * sum(len(part) for part in shares)
+    for place, part in enumerate(shares):
+        whole[place::count()] = part
+    return whole
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over the processes, in place."""
+    if count() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
