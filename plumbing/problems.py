@@ -1,0 +1,315 @@
+"""Problem files: JSON lines, a JSON list, CSV, or a data set of the Hub, each read as a list of Problem.
+
+Paper: section 4 and the appendices on data and prompts (AIME 1983-2023 and GPQA without Diamond to train on). Data are
+never part of this project. What differs from set to set is converted at the edge, so that one format is read inside:
+
+    {"problem": "Find $m+n$.", "answer": "958", "id": "2023-II-15", "options": {"A": "...", "B": "..."} or none}
+
+    python -c 'from plumbing.problems import *; print(read_problems("toy/test.jsonl")[0])'
+"""
+import csv
+import io
+import json
+import math
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HTTPError
+
+from plumbing.records import read_json, read_records
+
+LETTERS = "ABCDEF"  # ZebraLogic has six options
+LAST_TRAINING_YEAR = 2023  # of AIME: the paper trains on 1983 to 2023 and tests on the years after
+# The files of the sets that hold more than one that we read.
+HUB_FILES = {"Idavidrein/gpqa": ["gpqa_diamond.csv"], "opencompass/AIME2025": ["*-I.jsonl", "*-II.jsonl"]}
+ANY_FILE = ["*.[cj]s[vo]*"]  # .csv, .json, .jsonl
+PARQUET = (
+    "parquet needs converting to JSON lines first (aime_2024, aime_2025, brumo_2025, hmmt_25 and zebralogic_hard lie as "
+    "JSON in data/benchmark of github.com/bijiaxihh/STOP)"
+)
+
+
+@dataclass
+class Problem:
+    """One question. `options`: letter -> text where the answer is a letter, else None."""
+
+    id: str
+    problem: str
+    answer: str
+    options: dict | None = None
+
+    @property
+    def kind(self):
+        """ "choice" or "math", as plumbing.answers takes it."""
+        return "choice" if self.options else "math"
+
+
+def instruction(problem):
+    """The user message of the paper (appendix C.3). A raw-text model is given `problem.problem` alone instead."""
+    if problem.kind == "math":
+        return problem.problem + "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    options = "\n".join(f"{letter}. {text}" for letter, text in problem.options.items())
+    return (
+        f"{problem.problem}\n\n{options}\n\nPlease show your choice in the answer field with only the choice letter, "
+        'e.g., "ANSWER": "C".'
+    )
+
+
+def read_problems(path):
+    """The problems of one source, in its order, as list[Problem]. ValueError in one line names file and record.
+
+    path: a JSON list, JSON lines or CSV file, or `hf:owner/dataset` or `hf:owner/dataset/file` on the Hub.
+    Keys, in either case: `problem` or `question`; `answer`, text or a number; if wanted `id` (else `record id`,
+    `problem_idx`, the position from 1) and `options` or `choices`, by letter or a list: the answer is then a letter.
+    GPQA's four answers are shuffled, always the same way.
+    """
+    try:
+        return _read_source(str(path))
+    except ValueError as error:
+        raise ValueError(_on_one_line(str(error))) from None
+    except OSError as error:
+        raise ValueError(f"{_on_one_line(str(path))}: cannot be read: {error.strerror}") from None
+
+
+def read_sources(paths):
+    """The problems of several sources, one source after another, as list[Problem] with unique ids.
+
+    paths: a list, or text with commas between the sources. Ids stay as they are unless two sources share one. Then
+    every id becomes NAME/ID, where NAME is the source's file or data set without its suffix; if two of these names are
+    the same, each gets its position before it: 1-train/7, 2-train/7.
+    """
+    if isinstance(paths, str):
+        paths = [path.strip() for path in paths.split(",") if path.strip()]
+    elif isinstance(paths, Path):
+        paths = [paths]
+    if not paths:
+        raise ValueError("data: found no source, expected a file or hf:owner/dataset")
+    sources = [read_problems(path) for path in paths]
+    problems = []
+    for source in sources:
+        problems.extend(source)
+    ids = {problem.id for problem in problems}
+    if len(ids) < len(problems):
+        for name, source in zip(_names(paths), sources):
+            for problem in source:
+                problem.id = f"{name}/{problem.id}"
+    return problems
+
+
+def _names(paths):
+    """A name for each source, no two the same."""
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{position}-{name}" for position, name in enumerate(names, 1)]
+
+
+def without_held_out(problems, tests):
+    """(the problems to train on, those dropped because a test asks the same), told by their text, white space folded."""
+    held_out = {_folded(test) for test in tests}
+    kept = [problem for problem in problems if _folded(problem) not in held_out]
+    dropped = [problem for problem in problems if _folded(problem) in held_out]
+    return kept, dropped
+
+
+def _folded(problem):
+    return " ".join(problem.problem.split())
+
+
+# One source: its files, their records, the conversions of the sets that need one
+
+
+def _read_source(path):
+    on_hub = path.startswith("hf:")
+    files = _fetch(path.removeprefix("hf:")) if on_hub else [path]
+    problems = {}
+    for file in files:
+        for place, record in _records(file):
+            record = _lower_case_keys(place, record)
+            if on_hub and "/AIME_1983_2024" in path and _is_after_training(place, record):
+                continue
+            if "correct answer" in record:
+                record = _from_gpqa(place, record)
+            problem = _problem(place, record, position=len(problems) + 1, taken=problems)
+            problems[problem.id] = problem
+    if not problems:
+        raise ValueError(f"{path}: found no record, expected JSON lines or a JSON list of problems")
+    return list(problems.values())
+
+
+def _fetch(name):
+    """Paths of the problem files of `owner/dataset`, or of its one `owner/dataset/file`, from the Hub or its cache."""
+    repo = "/".join(name.split("/")[:2])
+    file = name.removeprefix(repo).strip("/")
+    patterns = [file] if file else HUB_FILES.get(repo, ANY_FILE)
+    try:
+        folder = huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
+        files = []
+        for pattern in patterns:
+            files.extend(Path(folder).rglob(pattern))
+        files = [file for file in files if file.suffix != ".parquet"]
+        if len(files) == len(patterns):
+            return files
+        in_repo = list(huggingface_hub.list_repo_files(repo, repo_type="dataset"))
+    except GatedRepoError:
+        reason = "access is gated"
+    except (HTTPError, OSError, ValueError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+    else:
+        raise ValueError(f"hf:{name}: {_what_is_wrong_with(in_repo, repo)}")
+    raise ValueError(
+        f"hf:{name}: not cached, and not fetched: {reason} (gated: accept its terms at "
+        f"https://huggingface.co/datasets/{repo}, then `hf auth login`; offline: connect once)"
+    )
+
+
+def _what_is_wrong_with(in_repo, repo):
+    """Why the files of a data set are not read, and what to do."""
+    found = _cut(", ".join(in_repo), 200)
+    message = f"found {found}; expected one file of CSV, JSON or JSON lines, or hf:{repo}/FILE to choose one"
+    if any(file.endswith(".parquet") for file in in_repo):
+        message += f"; {PARQUET}"
+    return message
+
+
+def _records(path):
+    """[(place, record)] of a CSV file with a header, a JSON list or JSON lines."""
+    if str(path).endswith(".csv"):
+        rows = _csv_rows(path)
+        return [(f"{path}: record {n}", row) for n, row in enumerate(rows, 1)]
+    content = Path(path).read_bytes()
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        records = read_json(path, content, list)
+        return [(f"{path}: record {n}", record) for n, record in enumerate(records, 1)]
+    return [(f"{path}:{line}", record) for line, record in read_records(path)]
+
+
+def _csv_rows(path):
+    """The rows of a CSV file as dicts; a row's cells without a name in the header lie under "surplus"."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it contains NUL")
+        return list(csv.DictReader(io.StringIO(text, newline=""), restkey="surplus", strict=True))
+    except (UnicodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not CSV: {error}") from None
+
+
+def _lower_case_keys(place, record):
+    """The record with its keys in lower case."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: found {type(record).__name__}, expected a JSON object")
+    record = {key.lower(): value for key, value in record.items()}
+    _expect("surplus" not in record, place, record, "surplus", "a cell for each name in the header")
+    return record
+
+
+def _is_after_training(place, record):
+    """Whether a record of AIME_1983_2024 is of a year that the paper tests on."""
+    year = str(record.get("year"))
+    _expect(re.fullmatch("[0-9]{4}", year), place, record, "year", "a year")
+    return int(year) > LAST_TRAINING_YEAR
+
+
+def _from_gpqa(place, record):
+    """A record with `options` and a letter for GPQA's correct and three incorrect answers, which are then shuffled."""
+    _, question = _question(place, record)
+    keys = ["correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3"]
+    texts = [record.get(key) for key in keys]
+    _expect(all(texts), place, record, "correct answer", "this and three `incorrect answer`s")
+    order = random.Random(question).sample(range(4), 4)  # of its own seed: whatever else is in the file
+    options = {letter: str(texts[n]).strip() for letter, n in zip(LETTERS, order)}
+    return {**record, "options": options, "answer": LETTERS[order.index(0)]}
+
+
+# One record
+
+
+def _problem(place, record, position, taken):
+    """The Problem of a record. `position` is the id of a record that names none, `taken` holds the ids before it."""
+    key, question = _question(place, record)
+    options = _options(place, record)
+    answer = _answer(place, record, options)
+    name = _id(place, record, position, taken)
+    for text in (name, question, answer, *(options or {}).values()):
+        _expect_unicode(place, key, str(text))
+    return Problem(name, question, answer, options)
+
+
+def _question(place, record):
+    """(its key, the question)."""
+    key = "question" if "question" in record and "problem" not in record else "problem"
+    text = record.get(key)
+    good = isinstance(text, str) and text.strip()
+    _expect(good, place, record, key, "the text of a `problem` or `question`")
+    return key, text
+
+
+def _options(place, record):
+    """The options as {letter: text}, or None."""
+    key = "options" if "options" in record else "choices"
+    options = record.get(key)
+    if options is None:
+        return None
+    if isinstance(options, list) and len(options) <= len(LETTERS):
+        options = dict(zip(LETTERS, options))
+    good = isinstance(options, dict) and options and set(options) <= set(LETTERS)
+    _expect(good, place, record, key, f"letters {LETTERS[0]} to {LETTERS[-1]}")
+    return options
+
+
+def _answer(place, record, options):
+    """The answer as text; a letter where there are options."""
+    value = record.get("answer")
+    good = type(value) in (str, int, float) and str(value).strip()  # bool is no number here
+    _expect(good, place, record, "answer", "text or a number")
+    if isinstance(value, float):
+        _expect(math.isfinite(value), place, record, "answer", "a finite number")
+    answer = str(value).strip()
+    if options is not None:
+        letters = ", ".join(options)
+        _expect(answer in options, place, record, "answer", f"one of the letters {letters}")
+    return answer
+
+
+def _id(place, record, position, taken):
+    """The id of a record, or its position, as text."""
+    key = "problem_idx"
+    for other in ("record id", "id"):
+        if other in record:
+            key = other
+    name = record.get(key, position)
+    good = type(name) in (str, int) and str(name) not in taken
+    _expect(good, place, record, key, "an id of its own, text or a whole number")
+    return str(name)
+
+
+# Complaints
+
+
+def _expect(good, place, record, key, expected):
+    """ValueError naming the place, the key and what was found there, unless good."""
+    if not good:
+        found = _cut(json.dumps(record[key]), 60) if key in record else "nothing"
+        raise ValueError(f"{place}: {key}: found {found}, expected {expected}")
+
+
+def _expect_unicode(place, key, text):
+    """ValueError where a text holds half a surrogate pair, which can be neither tokenized nor written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"a lone surrogate at character {error.start + 1}"
+        raise ValueError(f"{place}: {key}: found {found}, expected Unicode text") from None
+
+
+def _cut(text, length):
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def _on_one_line(text):
+    """The text with line ends and other unprintable characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
