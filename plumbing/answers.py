@@ -424,7 +424,7 @@ def _number(value):
 def _factorial(number):
     if number not in range(171):  # 171! is above HUGE
         raise _Unreadable
-    return Fraction(math.factorial(int(number)))
+    return Fraction(math.factorial(int(number.real)))
 
 
 def _power(base, exponent):
