@@ -1,0 +1,207 @@
+"""A STOP module's folder: ours (stop.safetensors and stop.json), and the one the authors' released code writes.
+
+Ours repeats what describes the module (m, rank, alpha, targets, head, shared, the base model's fingerprint) in the
+metadata of stop.safetensors, so that the two files cannot be exchanged unnoticed, and stop.json holds a digest of the
+tensors' bytes. The release (README of github.com/bijiaxihh/STOP) is a PEFT adapter, one token shared by all m, and a
+head of two logits.
+"""
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from plumbing.checkpoint import Keys, is_finite, read_tensors, tensors_digest
+from plumbing.records import read_json, write_atomic
+
+DESCRIPTION = ("m", "shared", "rank", "alpha", "targets", "head", "base_fingerprint")
+
+# Settings of PEFT under which its adapter computes something else than (alpha / r) B A x.
+PEFT_CHANGES = (
+    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
+    "lora_bias", "fan_in_fan_out", "target_parameters", "layer_replication", "use_qalora")
+
+
+@dataclasses.dataclass
+class SavedStop:
+    """What a STOP's folder holds, read and checked, but not yet matched with a model."""
+    settings: dict           # the keyword arguments of a Stop: m, rank, alpha, targets, head, shared, dropout
+    tensors: dict            # {name: tensor}: tokens, head.weight, head.bias, and LoRA's pairs by checkpoint names
+    sources: dict            # {name: the file it was read from}
+    base_fingerprint: str | None   # of the model it was trained for; None: the release does not say
+    trained: dict            # settings and metrics of its training
+    file: Path               # the file that a missing tensor is missed in
+
+
+def read_stop(folder):
+    """The SavedStop in a folder, in our layout or the authors'. ValueError where a file is missing, broken or changed."""
+    folder = Path(folder)
+    if (folder / "adapter").is_dir():
+        return read_release(folder)
+    file = folder / "stop.safetensors"
+    json_file = folder / "stop.json"
+    about = read_json(json_file)
+    tensors = read_tensors(file)
+    described = read_metadata(file)
+    settings = check_description(described, file)
+    check_agreement(about, described, json_file)
+    check_digest(about, tensors, json_file, file)
+    trained = Keys(about, json_file).mapping("trained")
+    check_numbers(tensors, dict.fromkeys(tensors, file))
+    return SavedStop(
+        settings=settings,
+        tensors=tensors,
+        sources=dict.fromkeys(tensors, file),
+        base_fingerprint=described["base_fingerprint"],
+        trained=trained,
+        file=file)
+
+
+def read_metadata(file):
+    """The description of the module in the metadata of stop.safetensors."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+    if "stop" not in metadata:
+        raise ValueError(f"{file}: its metadata describe no STOP: found no entry `stop`")
+    return read_json(f"{file}: metadata", metadata["stop"].encode())
+
+
+def check_description(described, source):
+    """The settings of a Stop out of its description: each value's type and range are checked."""
+    keys = Keys(described, source)
+    fingerprint = keys.read("base_fingerprint", (str,), "a text")
+    is_digest = re.fullmatch(r"[0-9a-f]{16}", fingerprint) is not None
+    keys.require("base_fingerprint", is_digest, "16 hexadecimal digits")
+    return {
+        "m": keys.integer("m"),
+        "rank": keys.integer("rank"),
+        "alpha": keys.number("alpha"),
+        "targets": read_targets(keys),
+        "head": read_head_kind(keys),
+        "shared": keys.flag("shared"),
+        "dropout": read_dropout(keys, "dropout")}
+
+
+def read_targets(keys):
+    """The names of the linears that LoRA joins."""
+    targets = keys.items("targets")
+    are_names = all(isinstance(target, str) for target in targets)
+    keys.require("targets", are_names, "a list of linears' names")
+    keys.require("targets", len(set(targets)) == len(targets), "each linear's name once")
+    return targets
+
+
+def read_head_kind(keys):
+    """sigmoid (one logit) or softmax (two)."""
+    head = keys.read("head", (str,), "sigmoid or softmax")
+    keys.require("head", head in ("sigmoid", "softmax"), "sigmoid or softmax")
+    return head
+
+
+def read_dropout(keys, key):
+    """LoRA's dropout in training; absent, there is none."""
+    dropout = keys.read(key, (int, float), "a number from 0 to below 1", 0.0)
+    keys.require(key, 0 <= dropout < 1, "a number from 0 to below 1")
+    return dropout
+
+
+def check_agreement(about, described, json_file):
+    """Raise ValueError unless stop.json describes the module that the metadata of stop.safetensors describe."""
+    keys = Keys(about, json_file)
+    for key in DESCRIPTION:
+        same = json.dumps(about.get(key)) == json.dumps(described[key])
+        keys.require(key, same, f"{described[key]!r} as in stop.safetensors")
+    check_description(about, json_file)
+
+
+def check_digest(about, tensors, json_file, file):
+    """Raise ValueError where stop.json holds the digest of other tensors. Older files hold none."""
+    if about.get("digest") is None:
+        return
+    found = tensors_digest(tensors)
+    if found != about["digest"]:
+        raise ValueError(
+            f"{file}: found tensors of digest {found}, expected {about['digest']!r}, which "
+            f"{json_file.name} holds: the file was damaged or exchanged")
+
+
+def check_numbers(tensors, sources):
+    """Raise ValueError unless every tensor holds finite floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{sources[name]}: {name}: found {tensor.dtype}, expected floats")
+        if not is_finite(tensor):
+            message = "found NaN or infinity, expected finite numbers"
+            raise ValueError(f"{sources[name]}: {name}: {message}")
+
+
+def read_release(folder):
+    """The SavedStop in the authors' layout: adapter/classifier/, classifier_head.pth, assess_token_*."""
+    classifier = folder / "adapter" / "classifier"
+    adapter = Keys(read_json(classifier / "adapter_config.json"), classifier / "adapter_config.json")
+    count_file = folder / "assess_token_config.json"
+    count = Keys(read_json(count_file), count_file)
+    for key in PEFT_CHANGES:
+        is_off = adapter.raw.get(key) in (None, False, {}, [], "none")
+        adapter.require(key, is_off, "none: the scores would be others")
+
+    file = classifier / "adapter_model.bin"
+    if not file.is_file():
+        file = classifier / "adapter_model.safetensors"
+    head_file = folder / "classifier_head.pth"
+    token_file = folder / "assess_token_embedding.pth"
+    pairs = {}
+    for name, tensor in read_tensors(file).items():
+        pairs[str(name).removeprefix("base_model.model.")] = tensor
+    head = read_tensors(head_file, "weight", "bias")
+    token = read_tensors(token_file, "input_embedding")["input_embedding"]
+
+    own = {"head.weight": head["weight"], "head.bias": head["bias"], "tokens": token[None]}
+    sources = dict.fromkeys(pairs, file)
+    sources |= {"head.weight": head_file, "head.bias": head_file, "tokens": token_file}
+    tensors = pairs | own
+    check_numbers(tensors, sources)
+    return SavedStop(
+        settings={
+            "m": count.integer("num_assess_tokens"),
+            "rank": adapter.integer("r"),
+            "alpha": adapter.number("lora_alpha"),
+            "targets": adapted_linears(pairs),
+            "head": "softmax",
+            "shared": True,
+            "dropout": read_dropout(adapter, "lora_dropout")},
+        tensors=tensors,
+        sources=sources,
+        base_fingerprint=None,
+        trained={},
+        file=file)
+
+
+def adapted_linears(pairs):
+    """The last names of the linears that have LoRA weights: model.layers.0.self_attn.q_proj.lora_A.weight -> q_proj."""
+    linears = {name.partition(".lora_")[0] for name in pairs if ".lora_" in name}
+    return sorted({linear.rpartition(".")[2] for linear in linears})
+
+
+def write_stop(folder, about, tensors, trained):
+    """Write stop.safetensors and stop.json, each whole or not at all.
+    about: the description (DESCRIPTION's keys); tensors: {name: tensor}; trained: settings and metrics."""
+    folder = Path(folder)
+    stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    content = save(stored, {"stop": json.dumps(about)})
+    described = about | {"digest": tensors_digest(stored), "trained": trained}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "stop.safetensors", content)
+    write_atomic(folder / "stop.json", json.dumps(described, indent=1) + "\n")
+
+
+def match(saved, expected_shapes):
+    """Raise ValueError unless a SavedStop's tensors have exactly the shapes {name: shape} expected of them."""
+    for name in sorted(expected_shapes.keys() | saved.tensors.keys()):
+        found = list(saved.tensors[name].shape) if name in saved.tensors else "none"
+        expected = list(expected_shapes[name]) if name in expected_shapes else "none"
+        if found != expected:
+            file = saved.sources.get(name, saved.file)
+            raise ValueError(f"{file}: {name}: found shape {found}, expected {expected}")

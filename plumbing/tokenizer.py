@@ -1,0 +1,312 @@
+"""A checkpoint's tokenizer.json, and the prompts that its chat template makes of a user's message.
+
+    tokenizer = Tokenizer("directory or Hub id")
+    ids = tokenizer.prompt("What is 1 + 1?")
+
+A chat template is a program in Jinja, which is not run here: of the four formats below the frame is known, and what a
+template adds to it (a default system message, an opened <think>) is read from the template's text. A template that
+does something else is refused by name. The prompts of DeepSeek-R1-Distill, R1-0528-Qwen3-8B, Qwen2, Qwen2.5 (also
+Math), Qwen3, QwQ and gpt-oss are those that transformers renders; of gpt-oss with a pinned date, where the template
+takes today's.
+"""
+import dataclasses
+import re
+
+import tokenizers
+
+from plumbing.checkpoint import find_folder, shorten
+from plumbing.problems import instruction
+from plumbing.records import read_json
+
+BOS = "<｜begin▁of▁sentence｜>"
+THINK = "<think>\n"
+EFFORTS = ("low", "medium", "high")
+
+HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
+Knowledge cutoff: 2024-06
+Current date: 2025-08-05
+
+Reasoning: {effort}
+
+# Valid channels: analysis, commentary, final. Channel must be included for every message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The frame of a chat format."""
+    marks: tuple          # special tokens that a tokenizer of this format has
+    frame: str            # of a prompt: {bos}, {system}, {text}, {effort}, {opening}
+    generation: str = ""  # what begins the model's turn, behind which a template may open <think>
+    system: str = ""      # how a system message begins
+    bos: str = ""         # where no template says otherwise
+    opening: str = ""     # likewise
+
+
+FORMATS = {  # the first that fits is taken
+    "harmony": Format(
+        marks=("<|start|>", "<|channel|>", "<|message|>"),
+        frame=f"<|start|>system<|message|>{HARMONY_SYSTEM}<|end|>"
+              "<|start|>user<|message|>{text}<|end|><|start|>assistant"),
+    "r1": Format(
+        marks=("<｜User｜>", "<｜Assistant｜>"),
+        frame="{bos}<｜User｜>{text}<｜Assistant｜>{opening}",
+        generation="<｜Assistant｜>",
+        bos=BOS,
+        opening=THINK),
+    "chatml": Format(
+        marks=("<|im_start|>", "<|im_end|>"),
+        frame="{bos}{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{opening}",
+        generation="<|im_start|>assistant\n",
+        system="<|im_start|>system\n"),
+    "raw": Format(marks=(), frame="{text}")}
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint (directory or Hub id) and its chat format, told from its special tokens and its
+    chat template: r1 = DeepSeek-R1-Distill, chatml = Qwen, harmony = gpt-oss, raw = none. ValueError, in one line, on a
+    missing or broken file, a format whose special tokens are missing, or a template that is not reproduced here."""
+
+    def __init__(self, path, chat_format=None):
+        folder = find_folder(path)
+        self.library = read_library(folder / "tokenizer.json")
+        fits = [name for name in FORMATS if self.has_tokens(FORMATS[name].marks)]
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        template = read_template(folder, config)
+        if chat_format is not None and chat_format not in fits:
+            found = f"chat format: found {shorten(chat_format)}"
+            raise ValueError(f"{found}, expected one that fits {folder}: {', '.join(fits)}")
+
+        self.format = chat_format or choose_format(fits, template)
+        self.frame = FORMATS[self.format]
+        self.bos = self.frame.bos
+        self.system = ""
+        self.opening = self.frame.opening
+        if template is not None and template.is_of(self.frame):
+            if self.format == "harmony":
+                template.check_harmony()
+            else:
+                self.bos = template.read_bos(config, self.frame)
+                self.system = template.read_system(self.frame)
+                self.opening = template.read_opening(self.frame)
+
+    def has_tokens(self, marks):
+        """Whether the vocabulary holds each of these texts as one token."""
+        return all(self.library.token_to_id(mark) is not None for mark in marks)
+
+    def encode(self, text):
+        """Token ids of a text; special tokens in it are read as such, none are added."""
+        encoding = call_library(
+            f"text {shorten(text)}", self.library.encode, text, add_special_tokens=False)
+        return encoding.ids
+
+    def decode(self, ids, skip_special_tokens=False):
+        """The text of token ids."""
+        return call_library(
+            f"token ids {shorten(ids)}",
+            self.library.decode, ids, skip_special_tokens=skip_special_tokens)
+
+    def prompt(self, text, effort="medium"):
+        """Token ids of a user's message in the chat format, up to where the model goes on. effort: of harmony."""
+        if effort not in EFFORTS:
+            raise ValueError(f"effort: found {shorten(effort)}, expected {' or '.join(EFFORTS)}")
+        whole = self.frame.frame.format(
+            bos=self.bos, system=self.system, text=text, effort=effort, opening=self.opening)
+        return self.encode(whole)
+
+    def ask(self, problem):
+        """Token ids that put a Problem to the model: with the paper's instruction, or as it is to a raw model."""
+        if self.format == "raw":
+            return self.prompt(problem.problem)
+        return self.prompt(instruction(problem))
+
+    def completion(self, ids):
+        """A path's text as a grader reads it: with the <think> that the prompt has opened, special tokens left in."""
+        return self.opening + self.decode(ids)
+
+    def stream(self):
+        """A function that takes one token id and returns the text it completes, "" inside a character."""
+        state = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+
+        def step(token):
+            return call_library(f"token id {token}", state.step, self.library, token) or ""
+
+        return step
+
+
+def call_library(what, function, *inputs, **settings):
+    """The library's answer. Its errors are plain Exceptions, its panics BaseExceptions: each becomes a ValueError."""
+    try:
+        return function(*inputs, **settings)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what}: {lines[0]}") from None
+
+
+def read_library(file):
+    """The tokenizers.Tokenizer of a tokenizer.json."""
+    if not file.is_file():
+        raise ValueError(f"{file}: missing: no tokenizer of this checkpoint")
+    return call_library(
+        f"{file}: not a tokenizer", tokenizers.Tokenizer.from_file, str(file))
+
+
+def choose_format(fits, template):
+    """The first format whose special tokens are there and, if there is a template, that it is written in."""
+    if template is None:
+        return fits[0]
+    for name in fits:
+        if template.is_of(FORMATS[name]):
+            return name
+    template.refuse("found none of the chat formats that the special tokens allow")
+
+
+# ------------------------------------------------------------------------------- chat templates
+
+# Jinja: a literal in quotes, and the tags {{ shown }}, {% done %}, {# a comment #}.
+LITERAL = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+INSIDE = rf"(?:{LITERAL}|[^'\"])*?"
+TAG = re.compile(
+    rf"\{{\{{[-+]?(?P<shown>{INSIDE})[-+]?\}}\}}"
+    rf"|\{{%[-+]?(?P<done>{INSIDE})[-+]?%\}}"
+    r"|\{#.*?#\}", re.DOTALL)
+ONE_LITERAL = re.compile(rf"\s*({LITERAL})\s*", re.DOTALL)
+ANY_LITERAL = re.compile(LITERAL, re.DOTALL)
+
+NO_THINKING = re.compile(r"\s*if\s+(enable_thinking is defined and )?"
+                         r"(enable_thinking is false|not enable_thinking)\s*")
+SYSTEM_VARIABLE = re.compile(rf"system\w*\s*=\s*({LITERAL})", re.DOTALL)
+TRIMMED = re.compile(r"message(\.content|\[['\"]content['\"]\])\s*(\|\s*trim|\.strip\()")
+HARMONY_LINES = (
+    "You are ChatGPT, a large language model trained by OpenAI.",
+    "Knowledge cutoff: 2024-06",
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message.")
+
+
+def read_template(folder, config):
+    """The ChatTemplate of a folder, or None. A file of its own comes before tokenizer_config.json, as in transformers."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return ChatTemplate(file.read_bytes().decode("utf-8"), file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: not a text: {error}") from None
+
+    file = folder / "tokenizer_config.json"
+    found = config.get("chat_template")
+    if isinstance(found, list):  # of several, by name
+        found = named_default(found)
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        message = f"chat_template: found {shorten(found)}, expected a text"
+        raise ValueError(f"{file}: {message}, or a list with one named default")
+    return ChatTemplate(found, file)
+
+
+def named_default(templates):
+    """Of [{"name", "template"}, ...] the template named default; the list itself if there is none."""
+    for entry in templates:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            return entry.get("template")
+    return templates
+
+
+def unquote(literal):
+    r"""The text of a literal, unescaped as Jinja does: '\\boxed' -> \boxed."""
+    return literal[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+
+
+class ChatTemplate:
+    """The text of a chat template, and what can be read from it for a prompt of one user message."""
+
+    def __init__(self, text, file):
+        self.text = text
+        self.file = file
+        self.tags = list(TAG.finditer(text))
+
+    def refuse(self, found):
+        raise ValueError(
+            f"{self.file}: chat_template: {found}: this template is not reproduced here "
+            "(chat format raw takes a whole prompt as it is)")
+
+    def is_of(self, frame):
+        """Whether it is written in this format."""
+        return bool(frame.marks) and frame.marks[0] in self.text
+
+    def shown(self):
+        """The {{ }} tags, in order."""
+        return [tag for tag in self.tags if tag["shown"] is not None]
+
+    def check_harmony(self):
+        """Refuse a system message other than gpt-oss's."""
+        for line in HARMONY_LINES:
+            if line not in self.text:
+                self.refuse(f"gpt-oss's line {shorten(line)} is missing")
+
+    def read_bos(self, config, frame):
+        """What stands for bos_token, if the template shows it: the tokenizer's, "" where that is null."""
+        shows_bos = any("bos_token" in tag["shown"] for tag in self.shown())
+        if not shows_bos or "bos_token" not in config:
+            return frame.bos
+        token = config["bos_token"]
+        if isinstance(token, dict):
+            token = token.get("content")
+        if not isinstance(token, str | None):
+            raise ValueError(f"{self.file}: bos_token: found {shorten(token)}, expected a text")
+        return token or ""
+
+    def read_system(self, frame):
+        """The system message, marks included, that stands where the user gives none; "" if there is none."""
+        for literal in SYSTEM_VARIABLE.findall(self.text):
+            if unquote(literal):
+                self.refuse(f"a default system message in a variable, {shorten(literal)}")
+        if TRIMMED.search(self.text):
+            self.refuse("it trims messages")
+
+        found = set()
+        for tag in self.shown():
+            literal = ONE_LITERAL.fullmatch(tag["shown"])
+            text = unquote(literal[1]) if literal else ""
+            if frame.system and text.startswith(frame.system) and text != frame.system:
+                found.add(text)
+        if len(found) > 1:
+            self.refuse(f"{len(found)} default system messages")
+        return found.pop() if found else ""
+
+    def read_opening(self, frame):
+        """What the template puts behind the mark of the model's turn: "<think>\\n", or nothing."""
+        opening = None
+        for place, tag in enumerate(self.tags):
+            for literal in ANY_LITERAL.findall(tag["shown"] or ""):
+                _, mark, rest = unquote(literal).rpartition(frame.generation)
+                if mark:
+                    opening = rest
+                    after = place + 1
+        if opening is None:
+            self.refuse(f"found no {frame.generation!r}, which begins the model's turn")
+        return opening + self.read_rest(self.tags[after:])
+
+    def read_rest(self, tags):
+        """What is shown behind the mark of the model's turn, where enable_thinking is not set."""
+        text = ""
+        skipping = False
+        for tag in tags:
+            if tag["done"] is not None:
+                words = tag["done"].strip()
+                if NO_THINKING.fullmatch(words):
+                    skipping = True
+                elif words == "else":
+                    skipping = not skipping
+                elif words == "endif":
+                    skipping = False
+                else:
+                    self.refuse(f"behind the mark of the model's turn, {shorten(words)}")
+            elif tag["shown"] is not None and not skipping:
+                literal = ONE_LITERAL.fullmatch(tag["shown"])
+                if literal is None:
+                    self.refuse(f"behind the mark of the model's turn, {shorten(tag['shown'])}")
+                text += unquote(literal[1])
+        return text
