@@ -1,252 +1,412 @@
-"""The paper's protocol (section 6, Table 2): N full paths a problem, scores of their prefixes, what the best are worth.
-A path's tokens depend on it alone: all scorers (types I to IV) select among the same. Higher = keep, ties: lower index.
+"""The paper's protocol (section 6, Table 2): what the paths are worth that each signal keeps.
 
-    python eval.py                                  # the embedded toy: its STOP, and its judge, on held-out problems
-    python eval.py --model M --stop S --data test.jsonl --judge Qwen/Qwen2.5-Math-PRM-7B"""
+    python eval.py                                  # the embedded toy: its STOP and its judge
+    python eval.py --model M --stop S --data test.jsonl --judge Qwen/Qwen2.5-Math-PRM-7B
+    torchrun --nproc-per-node 8 eval.py --model M --stop S --data test.jsonl
+
+N full paths of each problem are sampled once, graded and stored. Every scorer, of types I to IV,
+scores their prefixes, the best k of each problem are kept, and the kept paths are compared. The
+tokens of a path do not depend on which others are pruned: all scorers choose among the same paths.
+"""
 import dataclasses
-import hashlib
 import json
+import math
 import platform
 import subprocess
-from pathlib import Path as File
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub.utils import tqdm
 
-from sample import Common, command_line, generate, open_model, option, room
-from stop import Stop, fingerprint, launch_check_resume, vote
-from task import extract_answer, instruction, open_for_append, read_problems, same_answer, write_atomic
+from baselines import AGGREGATES, JUDGE, confidence, judge_scores, progress, redundancy
+from plumbing import processes
+from plumbing.answers import same_answer
+from plumbing.checkpoint import find_folder
+from plumbing.command_line import Common, command_line, option
+from plumbing.problems import read_problems
+from plumbing.records import write_atomic
+from sample import check_prompts, open_model, room, sample_paths, sampling_of
+from stop import Stop, launch_check_resume, vote
 
-STOP, JUDGE = "STOP (IV)", "judge (II)"
-INTERNAL = ("mean log-probability (III)", "minus entropy (III)", "DeepConf mean (III)", "DeepConf lowest group (III)",
-            "DeepConf bottom 10% (III)", "DeepConf tail (III)", "Think Just Enough (III)")
-AGGREGATES = {"last": lambda rewards: rewards[-1], "min": min, "mean": np.mean}
-CHAT = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-        "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n%s")
-COLUMNS = "avg gain stop_minus cons weighted pass saved auroc spearman pairwise calibration".split()
+STOP = "STOP (IV)"
+COLUMNS = (
+    "avg", "gain", "stop_minus", "cons", "weighted", "pass", "saved",
+    "auroc", "spearman", "pairwise", "calibration")
 
-def _ranks(values):
+
+# Statistics
+
+
+def ranks(values):
+    """Ranks from 1 of values (N,); equal values share the mean of theirs."""
     _, place, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[place]  # from 1; ties share the mean of theirs
+    middle = count.cumsum() - (count - 1) / 2
+    return middle[place]
+
 
 def auroc(scores, positive):
-    """Chance that a positive example scores above a negative one, ties half; nan where one kind is missing."""
-    rank, good = _ranks(scores), np.asarray(positive, bool)
-    return float((rank[good].mean() - rank[~good].mean()) / len(rank) + 0.5) if 0 < good.sum() < len(good) else np.nan
+    """Chance that a positive example scores above a negative one, ties counting half; nan where
+    either kind is missing. scores, positive: (N,)."""
+    good = np.asarray(positive, bool)
+    if good.all() or not good.any():
+        return math.nan
+    rank = ranks(scores)
+    return float((rank[good].mean() - rank[~good].mean()) / len(rank) + 0.5)
+
 
 def spearman(a, b):
-    """Correlation of the ranks, ties sharing their mean; nan where a or b is constant."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]) if np.ptp(a) and np.ptp(b) else np.nan
+    """Correlation of the ranks of a and b, (N,) each; nan where either is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
 
 def calibration_error(scores, labels, bins=10):
-    """Mean over examples of their bin's |mean score - mean label|; bins of equal width on [0, 1]."""
+    """Mean over examples of their bin's |mean score - mean label|; equal bins on [0, 1]."""
     place = np.minimum(np.multiply(scores, bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(place, np.subtract(scores, labels))).sum() / len(scores))
+    excess = np.bincount(place, np.subtract(scores, labels))  # (bins,) summed over a bin's examples
+    return float(np.abs(excess).sum() / len(scores))
+
 
 def pairwise_accuracy(scores, labels, groups):
-    """Share of pairs within a group, of different labels, that the scores order right; ties half, nan without any."""
-    scores, labels, groups = np.asarray(scores, float), np.asarray(labels, float), np.asarray(groups)
-    members = [(scores[groups == group], labels[groups == group]) for group in np.unique(groups)]
-    gaps = np.concatenate([(s[:, None] - s)[y[:, None] > y] for s, y in members])
-    return float(((gaps > 0) + 0.5 * (gaps == 0)).mean()) if len(gaps) else np.nan
+    """Share of the pairs within a group, of different labels, that the scores put in the right
+    order, ties counting half; nan where there is no pair. All three: (N,)."""
+    scores = np.asarray(scores, float)
+    labels = np.asarray(labels, float)
+    groups = np.asarray(groups)
+    gaps = []
+    for group in np.unique(groups):
+        score = scores[groups == group]
+        label = labels[groups == group]
+        gap = score[:, None] - score  # (members, members)
+        gaps.append(gap[label[:, None] > label])
+    gaps = np.concatenate(gaps)
+    if len(gaps) == 0:
+        return math.nan
+    return float((np.sum(gaps > 0) + 0.5 * np.sum(gaps == 0)) / len(gaps))
+
+
+class Interval(NamedTuple):
+    """A mean over problems and its 95% interval."""
+    mean: float
+    low: float
+    high: float
+
 
 def interval(values, seed=0, draws=2000):
-    """Mean of per-problem values and its 95% bootstrap interval over problems: (mean, low, high)."""
-    means = np.take(values, np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))).mean(1)
-    return (float(np.mean(values)), *np.quantile(means, (0.025, 0.975)).tolist())
+    """The Interval of one value a problem, by bootstrap over problems."""
+    generator = np.random.default_rng(seed)
+    chosen = generator.integers(0, len(values), (draws, len(values)))
+    means = np.take(values, chosen).mean(1)  # (draws,)
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
+    return Interval(float(np.mean(values)), low, high)
+
 
 def select(scores, keep):
-    """Indices of the `keep` highest scores; ties go to the lower index."""
-    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:keep]
+    """Indices of the `keep` highest scores, best first; of equal scores the lower index."""
+    order = np.argsort(-np.asarray(scores, float), kind="stable")
+    return order[:keep].tolist()
 
-def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, temperature, top_k, top_p, seed, batch):
-    """n finished, graded paths of each problem: [{"id", "prompt_ids", "paths": n token lists, "answers", "right"}].
-    Each is written at once to a file in `folder`, named by a digest of all that shapes the paths, weights included, and
-    read from there; ValueError on an edited or foreign line. Interrupted, a group of batch / n problems is repeated."""
-    prompts, size = [tokenizer.ask(problem) for problem in problems], max(1, batch // max(1, n))  # problems a group
-    how = n, min(room(model, prompt, max_new_tokens) for prompt in prompts), temperature, top_k, top_p, seed
-    weights = [[str(w.dtype), w.flatten()[::w.numel() // 1024 + 1].tolist()] for w in model.parameters()]
-    digest = hashlib.sha256(json.dumps([fingerprint(model), weights, model.config.eos_ids, prompts, *how, batch, [
-        [problem.id, problem.kind, problem.answer] for problem in problems]]).encode())
-    folder.mkdir(parents=True, exist_ok=True)
-    records, file = open_for_append(folder / f"paths-{digest.hexdigest()[:12]}.jsonl")
-    with file, tqdm(total=len(problems) * n, initial=len(records) * n, unit="path", desc="paths", disable=None) as bar:
-        for line, record in enumerate(records, 1):
-            seal = record.pop("seal", None)
-            digest.update(json.dumps(record).encode())
-            if seal != digest.hexdigest():
-                raise ValueError(f"{file.name}:{line}: found an edited line or another run's: remove the file")
-        for start in range(len(records) // size * size, len(problems) * (len(records) < len(problems)), size):
-            grown = generate(model, prompts[start:start + size], *how, batch=batch, on_end=lambda path: bar.update())
-            for problem, paths in list(zip(problems[start:], grown))[len(records) - start:]:
-                answers = [extract_answer(tokenizer.completion(path.ids), problem.kind) for path in paths]
-                right = [same_answer(answer, problem.answer, problem.kind) for answer in answers]
-                records.append({"id": problem.id, "prompt_ids": paths[0].prompt_ids, "answers": answers, "right": right,
-                                "paths": [path.ids for path in paths]})
-                digest.update(json.dumps(records[-1]).encode())
-                file.write(json.dumps(records[-1] | {"seal": digest.hexdigest()}) + "\n")
-    return records
 
-def redundancy(records, prefix):
-    """Type I, (paths,): minus a path's largest Jaccard similarity, of sets of tokens, to another of its problem."""
-    sets = [[set(path[:prefix]) for path in record["paths"]] for record in records]
-    return np.array([-max((len(one & two) / len(one | two) for two in group[:i] + group[i + 1:]), default=0.0)
-                     for group in sets for i, one in enumerate(group)])
+# What a scorer's choice is worth
 
-def states(model, rows, name, batch):
-    """Yield (i, hidden states (T, hidden) of rows[i], T token ids) for every row; rows of like length share a pass."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for chosen in tqdm([order[i:i + batch] for i in range(0, len(rows), batch)], unit="pass", desc=name, disable=None):
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in chosen], True)
-        yield from ((i, hidden[:len(rows[i])]) for i, hidden in zip(chosen, model(ids.to(model.device))))
 
-@torch.inference_mode()
-def confidence(model, records, prefix, window=256, batch=16):
-    """Type III: INTERNAL -> (paths,) float64, from one pass over prompts and first `prefix` tokens, raw logits.
-    Entropies are means, in nats; DeepConf's C is minus the mean of the 20 largest log-probabilities, a group C's mean
-    over a window; Think Just Enough: of those 20 renormalised, in bits. Of fewer than 20, or than a window: all."""
-    rows = [(record["prompt_ids"], path[:prefix]) for record in records for path in record["paths"]]
-    scores, block = np.zeros((len(INTERNAL), len(rows))), 2 ** 25 // model.config.vocab_size + 1  # logits held at once
-    for i, hidden in states(model, [prompt + path for prompt, path in rows], "confidence", batch):
-        steps, taken = [], torch.tensor(rows[i][1], device=hidden.device)[:, None]
-        for state, token in zip(hidden[len(rows[i][0]) - 1:-1].split(block), taken.split(block)):  # state before token
-            logp = model.logits(state).float().log_softmax(-1)
-            top = logp.topk(min(20, logp.shape[-1])).values
-            entropies = [(p.exp() * p).sum(-1) for p in (logp, top.log_softmax(-1))]
-            steps.append(torch.stack((logp.gather(-1, token)[:, 0], -top.mean(-1), *entropies)))
-        sure, C, order, enough = torch.cat(steps, 1).double().cpu().numpy()
-        groups = np.lib.stride_tricks.sliding_window_view(C, min(window, len(C))).mean(1)
-        lowest = np.sort(groups)[:max(1, int(0.1 * len(groups)))].mean()
-        scores[:, i] = sure.mean(), order.mean(), C.mean(), groups.min(), lowest, groups[-1], enough.mean() / np.log(2)
-    return dict(zip(INTERNAL, scores))
+def vote_accuracy(problems, records, kept, weights):
+    """Whether the vote of each problem's kept paths is right, (problems,) float64.
+    kept: (problems, keep) path indices, best first; weights: (problems, n), of the paths' votes."""
+    right = []
+    for problem, record, chosen, weight in zip(problems, records, kept, weights):
+        answers = [record["answers"][path] for path in chosen]
+        winner = vote(answers, weight[chosen].tolist(), problem.kind)
+        right.append(same_answer(winner, problem.answer, problem.kind))
+    return np.array(right, float)
 
-@torch.inference_mode()
-def judge_scores(judge, tokenizer_judge, tokenizer, problems, records, prefix, aggregate="last", batch=16):
-    """Type II, (paths,): a reward model's chance that a prefix is good. ValueError if the judge does not fit. It reads
-    text in the chat format of Qwen's PRMs; the reward at the mark behind a step is softmax[1], the last counts (the
-    paper leaves it open), or their min or mean. With the model's tokenizer, no mark: token ids, asked at their end."""
-    words, config, mark, rows = tokenizer_judge.library.get_vocab(), judge.config, "<extra_0>", []
-    for problem, record in zip(problems, records):
-        asked = problem.problem if problem.kind == "math" else instruction(problem)
-        for path in (path[:prefix] for path in record["paths"]):
-            steps = tokenizer.decode(path, skip_special_tokens=True).replace(mark, "").split("\n\n")
-            text = "".join(part.strip() + mark for part in steps if part.strip()) or mark
-            rows.append(tokenizer_judge.encode(CHAT % (asked, text)) if mark in words else record["prompt_ids"] + path)
-    size, last = max(map(len, rows)), max(*words.values(), *map(max, rows))
-    for key, fits, found, expected in (
-            ("head", config.reward, "next tokens", "two logits (Qwen2ForProcessRewardModel)"),
-            ("tokenizer", mark in words or words == tokenizer.library.get_vocab(), "another", f"{mark} or the model's"),
-            ("vocab_size", config.vocab_size > last, config.vocab_size, f"more than {last}, the last token id to read"),
-            ("context", config.max_position_embeddings >= size, config.max_position_embeddings, f"at least {size}"),
-            ("aggregate", aggregate in AGGREGATES, aggregate, "last, min or mean")):
-        if not fits:
-            raise ValueError(f"judge: {key}: found {found}, expected {expected}")
-    scores = np.zeros(len(rows))
-    for i, hidden in states(judge, rows, "judge", batch):
-        at = [t for t, token in enumerate(rows[i]) if token == words.get(mark)] or [-1]
-        scores[i] = AGGREGATES[aggregate](judge.logits(hidden[at]).double().softmax(-1)[:, 1].tolist())
-    return scores
+
+def tokens_spent(lengths, kept, prefix, reread):
+    """Tokens as the paper counts them: every path up to the checkpoint, the kept ones to their end,
+    and all prefixes again where a second model reads them. lengths: (problems, n)."""
+    begun = np.minimum(lengths, prefix)
+    rest = np.take_along_axis(lengths - begun, kept, axis=1)
+    spent = begun.sum() + rest.sum()
+    if reread:
+        spent += begun.sum()
+    return spent
+
+
+def metrics(scores, right, chances):
+    """How well scores (problems, n) tell right paths from wrong ones, over all problems and within
+    each. chances: whether the scores claim to be the chance of being right."""
+    groups = np.repeat(np.arange(len(scores)), scores.shape[1])
+    scores = scores.ravel()
+    right = right.ravel()
+    return {
+        "auroc": auroc(scores, right),
+        "spearman": spearman(scores, right),
+        "pairwise": pairwise_accuracy(scores, right, groups),
+        "calibration": calibration_error(scores, right) if chances else math.nan,
+    }
+
+
+def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
+    """A row of the report: what the best `keep` paths by scores (problems, n) are worth."""
+    right = np.array([record["right"] for record in records], float)  # (problems, n)
+    lengths = np.array([list(map(len, record["paths"])) for record in records])
+    kept = np.array([select(line, keep) for line in scores])  # (problems, keep)
+    hits = np.take_along_axis(right, kept, axis=1)
+    values = {  # one a problem
+        "avg": hits.mean(1),
+        "gain": hits.mean(1) - right.mean(1),
+        "pass": hits.max(1),
+        "cons": vote_accuracy(problems, records, kept, np.ones_like(scores)),
+    }
+    if (scores >= 0).all():
+        values["weighted"] = vote_accuracy(problems, records, kept, scores)
+    row = {key: interval(value) for key, value in values.items()}
+    row["saved"] = 1 - tokens_spent(lengths, kept, prefix, reread) / lengths.sum()
+    row["per_problem"] = values
+    row["kept"] = kept
+    return row | metrics(scores, right, chances)
+
 
 def evaluate(problems, records, scorers, prefix, keep, reread=()):
-    """What the best `keep` by each scorer, name -> (paths,) scores, are worth; row "all": no pruning, as by random.
-    Tokens as the paper counts: to the checkpoint, of the kept to the end, for those in `reread` the prefixes again."""
-    right = np.array([record["right"] for record in records], float)
-    lengths = np.array([[len(path) for path in record["paths"]] for record in records])
-    (count, n), begun, truth, rows = right.shape, np.minimum(lengths, prefix), right.ravel(), {}
-    for name, flat in {f"all {n}": np.ones(count * n), **scorers}.items():
-        grid = np.reshape(flat, (count, n))
-        kept = np.array([select(line, keep if name in scorers else n) for line in grid.tolist()])
-        hits = np.take_along_axis(right, kept, 1)
-        values = {"avg": hits.mean(1), "gain": hits.mean(1) - right.mean(1), "pass": hits.max(1)}
-        for key, weights in (("cons", np.ones_like(grid)), ("weighted", grid))[:1 + (grid.min() >= 0)]:
-            votes = [vote([record["answers"][i] for i in chosen], line[chosen].tolist(), problem.kind)
-                     for problem, record, chosen, line in zip(problems, records, kept, weights)]
-            values[key] = np.array([same_answer(found, p.answer, p.kind) for found, p in zip(votes, problems)], float)
-        spent = begun.sum() * (1 + (name in reread)) + np.take_along_axis(lengths - begun, kept, 1).sum()
-        rows[name] = {key: interval(value) for key, value in values.items()} | {
-            "saved": 1 - spent / lengths.sum(), "per_problem": values, "kept": kept, "auroc": auroc(flat, truth),
-            "spearman": spearman(flat, truth), "pairwise": pairwise_accuracy(flat, truth, np.arange(count * n) // n),
-            "calibration": calibration_error(flat, truth) if name.endswith(("(II)", "(IV)")) else np.nan}
-    for row in rows.values() if STOP in rows else ():
-        row["stop_minus"] = interval(rows[STOP]["per_problem"]["avg"] - row["per_problem"]["avg"])
-    return {"problems": count, "n": n, "keep": keep, "prefix": prefix, "ids": [r["id"] for r in records], "rows": rows}
+    """The report on scorers, {name: scores (paths,)}; its row "all n" is what no pruning gives.
+    reread: names of those that read the prefixes again, at a cost in tokens.
+    ValueError where a score is not a number."""
+    n = len(records[0]["paths"])
+    shape = (len(records), n)
+    for name, scores in scorers.items():
+        if np.isnan(scores).any():
+            problem = records[np.isnan(scores).argmax() // n]["id"]
+            raise ValueError(f"{name}: found nan, expected a score for each path of {problem}")
+
+    rows = {f"all {n}": worth(problems, records, np.ones(shape), prefix, keep=n)}
+    for name, scores in scorers.items():
+        grid = np.reshape(scores, shape)
+        trained = name.endswith(("(II)", "(IV)"))
+        rows[name] = worth(
+            problems, records, grid, prefix, keep, reread=name in reread, chances=trained)
+    if STOP in rows:
+        for row in rows.values():
+            ahead = rows[STOP]["per_problem"]["avg"] - row["per_problem"]["avg"]
+            row["stop_minus"] = interval(ahead)
+    return {
+        "problems": len(records),
+        "n": n,
+        "keep": keep,
+        "prefix": prefix,
+        "ids": [record["id"] for record in records],
+        "rows": rows,
+    }
+
+
+# The report
+
+
+def cell(value):
+    """A cell of the table; blank where a metric is not defined."""
+    if isinstance(value, Interval):
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return "" if math.isnan(value) else f"{value:.3f}"
+
 
 def table(report):
-    """The report as Markdown, like the paper's Table 2; [low, high] are 95% bootstrap intervals over problems."""
-    lines = [["type", "scorer", *COLUMNS], ["---"] * (len(COLUMNS) + 2)]
+    """The report in Markdown, like the paper's Table 2. [low, high]: 95% interval over problems."""
+    lines = [
+        "{problems} problems, {n} paths each, {keep} kept at {prefix} tokens".format(**report),
+        "",
+        f"| type | scorer | {' | '.join(COLUMNS)} |",
+        "|" + " --- |" * (len(COLUMNS) + 2),
+    ]
     for name, row in report["rows"].items():
-        scorer, _, kind = name.rstrip(")").partition(" (")
-        lines.append([kind, scorer, *("{:.3f} [{:.3f}, {:.3f}]".format(*cell) if np.ndim(cell) else "" if np.isnan(cell)
-                                      else f"{cell:.3f}" for cell in (row.get(key, np.nan) for key in COLUMNS))])
-    left_out = [] if JUDGE in report["rows"] else ["", "Type II is left out: no judge was given (--judge)."]
-    return "\n".join(["{problems} problems, {n} paths each, {keep} kept at {prefix} tokens".format(**report), "",
-                      *(f"| {' | '.join(line)} |" for line in lines), *left_out])
+        scorer, _, kind = name.removesuffix(")").partition(" (")
+        cells = [cell(row.get(column, math.nan)) for column in COLUMNS]
+        lines.append(f"| {kind} | {scorer} | {' | '.join(cells)} |")
+    if JUDGE not in report["rows"]:
+        lines += ["", "Type II is left out: no judge was given (--judge)."]
+    return "\n".join(lines)
+
+
+def summary(report):
+    """What of a report goes into a script's last line."""
+    return {f"avg {name}": round(row["avg"].mean, 4) for name, row in report["rows"].items()}
+
+
+def no_number(name):
+    """JSON has no NaN: null stands for a metric that is not defined."""
+    return None
+
+
+def write_report(report, file):
+    """Write the report as strict JSON, with the versions that it depends on."""
+    command = "git describe --always --dirty"
+    git = subprocess.run(
+        command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    whole = {"commit": git.stdout.strip(), "versions": versions} | report
+    text = json.dumps(whole, default=np.ndarray.tolist)
+    strict = json.loads(text, parse_constant=no_number)
+    write_atomic(file, json.dumps(strict, indent=1) + "\n")
+
+
+# The run
+
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python eval.py` can be told."""
-    stop: str | None = option(None, "folder of the trained STOP (default: stop/ in the model's directory)")
-    data: str | None = option(None, "problems (default: test.jsonl in the model's directory)")
-    out: str = option("runs/eval", "folder for the paths, to be used again, and report.json")
+    stop: str | None = option(None, "folder of the trained STOP (default: the model's stop/)")
+    data: str | None = option(None, "problems (default: the model's test.jsonl)")
+    out: str = option("runs/eval", "folder of report.json and of the paths, which are used again")
     problems: int | None = option(None, "only the first so many problems")
     n: int = option(64, "paths a problem")
     keep: int = option(8, "paths kept")
-    prefix: int | None = option(None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
-    batch: int = option(1024, "rows decoded at a time")
-    window: int | None = option(None, "DeepConf's, in tokens (default: an eighth of the checkpoint, 256 of 2048)")
-    judge: str | None = option(None, "reward model for type II (default: judge/ in the model's directory, if any)")
-    judge_aggregate: str = option("last", "a judge's score of its rewards for the steps: last, min or mean")
-    verify: bool = option(False, "run Launch, Check, Resume for each problem, and compare with what was selected here")
+    prefix: int | None = option(
+        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
+    window: int | None = option(
+        None, "DeepConf's, in tokens (default: an eighth of the checkpoint, 256 of 2048)")
+    judge: str | None = option(
+        None, "reward model for type II (default: the model's judge/, if it has one)")
+    judge_aggregate: str = option("last", "how rewards of steps become a score: last, min or mean")
+    verify: bool = option(
+        False, "launch each problem again, with STOP's check, and compare the kept paths")
 
-def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None, aggregate="last", verify=False):
-    """The whole protocol, for these Settings or train.py's: prints the table, writes out/report.json, returns it.
-    judge: its (Decoder, Tokenizer). verify: in float32 a problem that comes out otherwise is a ValueError."""
-    asked, trained = dataclasses.asdict(settings), {"prefix": 2048} | stop.trained.get("settings", {})
-    asked |= {key: trained.get(key) for key in ("prefix", "max_new_tokens") if asked[key] is None}
-    n, keep, prefix, first = (asked[key] for key in ("n", "keep", "prefix", "problems"))  # [:-3] would drop the last
-    window = max(1, prefix // 8) if window is None else window
-    for name, found in dict(keep=keep, prefix=prefix, window=window, problems=min(len(problems), first or 1)).items():
-        if found < 1 or name == "keep" and keep > n:
-            raise ValueError(f"{name}: found {found}, expected {f'1 to n = {n}' if name == 'keep' else 'at least 1'}")
-    limit = min(room(model, tokenizer.ask(problem), asked["max_new_tokens"]) for problem in problems)
-    how = {key: asked[key] for key in ("temperature", "top_k", "top_p", "seed")}
-    records = sample_paths(model, tokenizer, problems, out, n, limit, **how, batch=settings.batch)
-    prefixes = [record["prompt_ids"] + path[:prefix] for record in records for path in record["paths"]]
-    scorers = {"random": np.random.default_rng(0).random(len(prefixes)), "Jaccard (I)": redundancy(records, prefix)}
-    scorers |= {JUDGE: judge_scores(*judge, tokenizer, problems, records, prefix, aggregate=aggregate)} if judge else {}
-    chances = stop.score(model, prefixes, 64, tqdm(total=len(prefixes), unit="prefix", desc="check", disable=None))
-    scorers |= confidence(model, records, prefix, window) | {STOP: chances.double().cpu().numpy()}
-    git = subprocess.run("git describe --always --dirty", shell=True, cwd=File(__file__).parent, capture_output=True)
-    report = {"settings": asked | {"window": window, "max_new_tokens": limit}, "commit": git.stdout.decode().strip(),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-              **evaluate(problems, records, scorers, prefix, keep, {JUDGE})}
-    print(table(report))
-    plain = json.loads(json.dumps(report, default=np.ndarray.tolist), parse_constant=lambda nan: None)
-    write_atomic(out / "report.json", json.dumps(plain, indent=1) + "\n")
+
+def check(settings, window, aggregate):
+    """ValueError on a setting that cannot be. One that is None is not known yet."""
+    sampling_of(settings)
+    positive = ("n", "keep", "prefix", "problems", "max_new_tokens", "batch")
+    given = {name: getattr(settings, name) for name in positive} | {"window": window}
+    for name, found in given.items():
+        if found is not None and found < 1:
+            raise ValueError(f"{name}: found {found}, expected at least 1")
+    if settings.keep > settings.n:
+        raise ValueError(f"keep: found {settings.keep}, expected 1 to n = {settings.n}")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"judge_aggregate: found {aggregate!r}, expected last, min or mean")
+
+
+def resolve(settings, trained, model, prompts):
+    """The settings with the checkpoint and the limit filled in: as asked; else as in `trained`, the
+    settings STOP was trained with; else 2048, and what the context leaves to the longest prompt."""
+    prefix = settings.prefix
+    if prefix is None:
+        prefix = trained.get("prefix", 2048)
+    limit = settings.max_new_tokens
+    if limit is None:
+        limit = trained.get("max_new_tokens")
+    limit = min(room(model, prompt, limit) for prompt in prompts)
+    return dataclasses.replace(settings, prefix=prefix, max_new_tokens=limit)
+
+
+def shared(score, problems, records):
+    """The scores {name: (paths,)} of all records, of which each process scores its share.
+    score: a function of problems and their records that returns such scores."""
+    n = len(records[0]["paths"])
+    own = score(processes.mine(problems), processes.mine(records))
+    whole = {}
+    for name, scores in own.items():
+        by_problem = list(scores.reshape(-1, n))
+        whole[name] = np.concatenate(processes.gather(by_problem))
+    return whole
+
+
+def verify_kept(model, stop, records, kept, settings):
+    """Launch, Check and Resume each problem again: the paths that finish must be the kept ones, to
+    the token. In float32 a problem that differs is a ValueError."""
+    sampling = dataclasses.asdict(sampling_of(settings))
+    share = processes.mine(list(zip(records, kept.tolist())))
+    same = []
+    with progress(len(share), "problem", "verify") as bar:
+        for record, chosen in share:
+            paths = launch_check_resume(
+                model, stop, record["prompt_ids"], settings.n, settings.keep, settings.prefix,
+                max_new_tokens=settings.max_new_tokens, **sampling)
+            finished = {path.index: path.ids for path in paths if path.status != "pruned"}
+            expected = {index: record["paths"][index] for index in chosen}
+            same.append(finished == expected)
+            bar.update()
+    same = processes.gather(same)
+    agree = sum(same)
+    if processes.is_first():
+        print(f"verify: {agree} of {len(same)} problems keep the same paths and tokens "
+              "when launched again")
+    if agree < len(same) and settings.dtype == "float32":
+        raise ValueError(
+            f"verify: found {len(same) - agree} problems that differ, expected none in float32")
+
+
+def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None,
+        aggregate="last", verify=False):
+    """The whole protocol: prints the table, writes out/report.json, returns the report.
+
+    settings: these, or train.py's. out: a pathlib.Path. judge: its (Decoder, Tokenizer), or None.
+    window, aggregate (judge_aggregate), verify: as in Settings. ValueError on a setting that cannot
+    be, before any path is sampled.
+    """
+    if not problems:
+        raise ValueError("problems: found 0, expected at least 1")
+    prompts = [tokenizer.ask(problem) for problem in problems]
+    settings = resolve(settings, stop.trained.get("settings", {}), model, prompts)
+    prefix = settings.prefix
+    limit = settings.max_new_tokens
+    if window is None:
+        window = max(1, prefix // 8)
+    check(settings, window, aggregate)
+    check_prompts(model, prompts, max(limit, min(limit, prefix) + stop.m))
+    if verify and prefix >= limit:
+        raise ValueError(f"prefix: found {prefix}, expected less than {limit} new tokens to verify")
+
+    records = sample_paths(
+        model, tokenizer, problems, out, settings.n, limit, sampling_of(settings), settings.batch)
+
+    def score(problems, records):
+        scores = {"Jaccard (I)": redundancy(records, prefix)}
+        if judge is not None:
+            scores[JUDGE] = judge_scores(*judge, tokenizer, problems, records, prefix, aggregate)
+        scores |= confidence(model, records, prefix, window)
+        prefixes = []
+        for record in records:
+            prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
+        with progress(len(prefixes), "prefix", "check") as bar:
+            chances = stop.score(model, prefixes, batch=64, bar=bar)
+        scores[STOP] = chances.double().cpu().numpy()
+        return scores
+
+    scorers = {"random": np.random.default_rng(0).random(len(records) * settings.n)}
+    scorers |= shared(score, problems, records)
+    report = {"settings": dataclasses.asdict(settings) | {"window": window}}
+    report |= evaluate(problems, records, scorers, prefix, settings.keep, reread={JUDGE})
+    if processes.is_first():
+        print(table(report))
+        write_report(report, out / "report.json")
     if verify:
-        same = []
-        for one, kept in zip(tqdm(records, desc="verify", disable=None), report["rows"][STOP]["kept"].tolist()):
-            paths = launch_check_resume(model, stop, one["prompt_ids"], n, keep, prefix, None, limit, **how)
-            same.append({p.index: p.ids for p in paths if p.status != "pruned"} == {i: one["paths"][i] for i in kept})
-        print(f"verify: {sum(same)} of {len(same)} problems keep the same paths and tokens when launched again")
-        if not all(same) and settings.dtype == "float32":
-            raise ValueError(f"verify: found {same.count(False)} problems that differ, expected none in float32")
+        verify_kept(model, stop, records, report["rows"][STOP]["kept"], settings)
     return report
 
-def summary(report):
-    """What of a report goes into a script's last line."""
-    return {f"avg {name}": round(row["avg"][0], 4) for name, row in report["rows"].items()}
 
 def main(settings):
-    """Sample (or read) the paths, score, print the table, write report.json; the last line is one JSON object."""
-    (model, tokenizer), folder = open_model(settings), File(settings.model)
+    """Sample or read the paths, score, report; the last line is one JSON object."""
+    check(settings, settings.window, settings.judge_aggregate)
+    folder = find_folder(settings.model)
     problems = read_problems(settings.data or folder / "test.jsonl")[:settings.problems]
-    judge = settings.judge or (folder / "judge" if (folder / "judge").is_dir() else None)
-    judge = judge and open_model(dataclasses.replace(settings, model=judge, chat_format=None))
-    report = run(model, tokenizer, Stop.load(settings.stop or folder / "stop", model), problems, settings,
-                 File(settings.out), judge, settings.window, settings.judge_aggregate, settings.verify)
-    print(json.dumps({"out": settings.out, **summary(report)}))
+    model, tokenizer = open_model(settings)
+    stop = Stop.load(settings.stop or folder / "stop", model)
+    judge = settings.judge
+    if judge is None and (folder / "judge").is_dir():
+        judge = str(folder / "judge")
+    if judge is not None:
+        judge = open_model(dataclasses.replace(settings, model=judge, chat_format=None))
+    report = run(
+        model, tokenizer, stop, problems, settings, Path(settings.out), judge,
+        settings.window, settings.judge_aggregate, settings.verify)
+    if processes.is_first():
+        print(json.dumps({"out": settings.out, **summary(report)}))
+
 
 if __name__ == "__main__":
     command_line(Settings, main)
