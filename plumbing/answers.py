@@ -144,7 +144,9 @@ def _stated_letter(text):
     clause = _CLAUSE_ENDS.split(before)[-1]
     if _SUPPOSED.search(clause):
         return None
-    return statement[1].upper()
+    letter = statement[1]
+    is_torn_article = letter == "a" and rest == ""  # "the answer is a", and there the tokens ran out
+    return None if is_torn_article else letter.upper()
 
 
 # Whether two answers are the same
@@ -214,7 +216,7 @@ _REWRITES = [
         r"\\!|\{,\}|\\?[$%]|\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])",
         "",
     ),
-    (r"π", r"\\pi "),  # 2π -> 2\pi 
+    (r"π", r"\\pi "),  # 2π+1 -> 2\pi +1
     (r"\\[,;: ]|~|\\q?quad|\s+", " "),  # 5\,m\quad 6 -> 5 m  6
     (r"\^?\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|°", ""),  # 90^{\circ} -> 90
     (r",?\s*\\text\s*\{\s*(?:and|or)\s*\}|,? (?:and|or) ", ","),  # 1, 2\text{ and }3 or 4 -> 1, 2,3,4

@@ -68,10 +68,10 @@ def read_problems(path):
     """
     try:
         return _read_source(str(path))
-    except ValueError as error:
-        raise ValueError(_on_one_line(str(error))) from None
     except OSError as error:
         raise ValueError(f"{_on_one_line(str(path))}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(_on_one_line(str(error))) from None
 
 
 def read_sources(paths):
@@ -234,8 +234,11 @@ def _problem(place, record, position, taken):
     options = _options(place, record)
     answer = _answer(place, record, options)
     name = _id(place, record, position, taken)
-    for text in (name, question, answer, *(options or {}).values()):
-        _expect_unicode(place, key, str(text))
+    _expect_unicode(place, key, question)
+    _expect_unicode(place, "answer", answer)
+    _expect_unicode(place, "id", name)
+    for text in (options or {}).values():
+        _expect_unicode(place, "options", str(text))
     return Problem(name, question, answer, options)
 
 
