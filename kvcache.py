@@ -1,64 +1,105 @@
-"""The static KV cache: preallocated keys and values, and the one place that knows how long each row is.
+"""The static KV cache of section 3: keys and values of N paths, each row as long as its path.
 
-Launch (paper, section 3) fills it with N prefixes of one prompt, Check lays [STOP] positions behind them and takes them
-back, Resume keeps k rows and frees the others. Layers write behind a row's length and read; none moves the length.
-Letters: B rows, T new positions, K key/value heads, D head_dim."""
+Launch fills every row with the prompt and then a token at a time. Check writes the [STOP] positions
+into slots behind each row without making any row longer, so that there is nothing to take back.
+Resume keeps k rows and frees the memory of the others.
+
+      row 0  P P P P t t t t t . . .        P  prompt     t  new token
+      row 1  P P P P t t t . . . . .        .  dead slot: at index >= length, never read
+      row 2  P P P P t t t t S S S S        S  [STOP] during a check; dead again right after it
+
+Layers write at index >= length and read; none changes a length: the sampler does that.
+Letters: B rows, T new positions, K key/value heads, D head_dim.
+"""
+import numpy as np
 import torch
 
-class KVCache:
-    """Keys and values of B rows, for every layer (B, K, capacity, D), and each row's `lengths` (B,) int64.
-    Slots at or behind a row's length are dead: they may hold anything finite and are never read. `longest` and
-    `shortest` bound the lengths on the host, so that sizes are known without asking the device."""
-    def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu", dtype=torch.float32):
-        # zeros, not empty: a dead slot is multiplied by an attention weight of 0, and 0 * nan would be nan
-        self.keys, self.values = ([torch.zeros(rows, kv_heads, capacity, head_dim, device=device, dtype=dtype)
-                                   for _ in range(layers)] for _ in range(2))
-        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
-        self.longest = self.shortest = 0
 
-    rows = property(lambda self: self.lengths.shape[0])  # live ones
-    capacity = property(lambda self: self.keys[0].shape[2])  # how many positions a row can hold
-    nbytes = property(lambda self: sum(buffer.nbytes for buffer in self.keys + self.values))  # dead slots included
+class KVCache:
+    """Keys and values, one buffer (rows, K, capacity, D) a layer, and each row's length.
+
+    `lengths` (B,) int64 lies on the device. `counts`, the same numbers on the host, say how large a
+    pass is without asking the device. Dead slots hold finite numbers that no pass reads.
+    """
+
+    def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu", dtype=torch.float32):
+        # Zeros, not empty: a dead slot is multiplied by an attention weight of 0, and 0 * nan is nan.
+        shape = (rows, kv_heads, capacity, head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
+        self.counts = np.zeros(rows, dtype=np.int64)
+
+    @property
+    def rows(self):
+        """How many rows are in use."""
+        return len(self.counts)
+
+    @property
+    def capacity(self):
+        """How many positions a row can hold."""
+        return self.keys[0].shape[2]
+
+    @property
+    def longest(self):
+        """The length of the longest row."""
+        return int(self.counts.max(initial=0))
+
+    @property
+    def shortest(self):
+        """The length of the shortest row."""
+        return int(self.counts.min(initial=self.capacity))
+
+    @property
+    def nbytes(self):
+        """Bytes of all buffers, dead slots included."""
+        return sum(buffer.nbytes for buffer in self.keys + self.values)
 
     def slots(self, count):
-        """Where every row's next positions go: (B, K, count) in a buffer seen as (-1, D). ValueError if not all fit."""
+        """Where every row's next `count` positions go: (B, K, count), in a buffer seen as (-1, D).
+        Raises ValueError if they do not fit."""
         if self.longest + count > self.capacity:
-            raise ValueError(f"KV cache: {self.longest} + {count} positions do not fit its capacity of {self.capacity}")
-        kv_heads, device = self.keys[0].shape[1], self.lengths.device
-        lines = torch.arange(self.rows * kv_heads, device=device).view(self.rows, kv_heads, 1) * self.capacity
-        return lines + self.lengths[:, None, None] + torch.arange(count, device=device)
+            raise ValueError(
+                f"KV cache: {self.longest} + {count} positions do not fit its capacity of {self.capacity}")
+        kv_heads = self.keys[0].shape[1]
+        device = self.lengths.device
+        first = torch.arange(self.rows * kv_heads, device=device) * self.capacity  # of each (row, head)
+        next_slot = first.view(self.rows, kv_heads) + self.lengths[:, None]
+        return next_slot[..., None] + torch.arange(count, device=device)
 
     def write(self, layer, slots, keys, values):
-        """Put keys and values (B, K, T, D) at `slots` (B, K, T); the lengths stay. Returns the buffers written.
-        Where a gradient must flow to the new positions (training [STOP]) the write goes to copies, not to the cache."""
-        index, written = slots.flatten(), []
-        for buffer, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            lines, new = buffer.view(-1, buffer.shape[-1]), new.reshape(-1, buffer.shape[-1])
-            lines = lines.index_copy(0, index, new) if new.requires_grad else lines.index_copy_(0, index, new)
-            written.append(lines.view_as(buffer))
-        return written
+        """Put keys and values (B, K, T, D) at `slots` (B, K, T). The lengths stay as they are.
+        Returns the layer's two buffers, with the new positions in them."""
+        index = slots.flatten()
+        return _put(self.keys[layer], index, keys), _put(self.values[layer], index, values)
 
     def advance(self, count):
-        """The `count` positions written behind every row now belong to it."""
+        """The `count` positions last written to every row now belong to it."""
         self.lengths += count
-        self.longest, self.shortest = self.longest + count, self.shortest + count
+        self.counts += count
 
-    def rewind(self, count):
-        """Take the last `count` positions of every row back: a tentative branch (Check) leaves no trace."""
-        if count > self.shortest:
-            raise ValueError(f"KV cache: cannot take back {count} positions, the shortest row has {self.shortest}")
-        self.advance(-count)
+    def set_lengths(self, lengths):
+        """Cut every row to its length in `lengths` (a list of ints), as after a right-padded prefill."""
+        fits = all(0 <= length <= self.longest for length in lengths)
+        if len(lengths) != self.rows or not fits:
+            raise ValueError(
+                f"KV cache: cannot cut {self.rows} rows of at most {self.longest} positions to {lengths}")
+        self.counts = np.array(lengths, dtype=np.int64)
+        self.lengths.copy_(torch.from_numpy(self.counts))
 
-    def truncate(self, lengths):
-        """Set every row's length (a list of ints), as after a prefill of right-padded rows."""
-        if len(lengths) != self.rows or not all(0 <= length <= self.longest for length in lengths):
-            raise ValueError(f"KV cache: cannot cut {self.rows} rows of at most {self.longest} positions to {lengths}")
-        self.lengths.copy_(torch.tensor(lengths, device=self.lengths.device))
-        self.longest, self.shortest = max(lengths), min(lengths)
+    def copy_rows(self, rows, source, source_rows):
+        """Row rows[i] becomes a copy of row source_rows[i] of another cache, `source`."""
+        target = torch.tensor(rows, device=self.lengths.device)
+        origin = torch.tensor(source_rows, device=self.lengths.device)
+        span = source.longest
+        for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
+            mine[target, :, :span] = theirs[origin, :, :span]
+        self.lengths[target] = source.lengths[origin]
+        self.counts[rows] = source.counts[source_rows]
 
     def keep(self, rows):
-        """Row j becomes the old row rows[j] (a list of different rows), in place: only rows that move are copied.
-        The buffers stay where they are (a captured CUDA graph goes on reading them); `regroup` gives memory back."""
+        """Row j becomes the old row rows[j] (all different), in place; only rows that move are copied.
+        The buffers stay where they are, and so does their memory: `rebuild` frees it."""
         moves = [(j, row) for j, row in enumerate(rows) if row != j]
         if moves:
             target, source = torch.tensor(moves, device=self.lengths.device).T
@@ -66,50 +107,27 @@ class KVCache:
                 buffer[target, :, :self.longest] = buffer[source, :, :self.longest]
             self.lengths[target] = self.lengths[source]
         self.lengths = self.lengths[:len(rows)]
+        self.counts = self.counts[rows]
 
-    def regroup(self, rows, capacity):
-        """Row j becomes a copy of the old row rows[j] (repeats allowed) in new buffers of `capacity` positions.
-        One prompt becomes N rows; after Check the pruned rows' memory is freed. Buffer by buffer: at no time twice."""
-        if capacity < self.longest:
-            raise ValueError(f"KV cache: {self.longest} positions do not fit a capacity of {capacity}")
-        index = torch.tensor(rows, device=self.lengths.device)
+    def rebuild(self, capacity):
+        """Move the rows in use to new buffers of `capacity` positions and free the old ones.
+        It goes buffer by buffer, so that old and new are never held together in full."""
+        longest = self.longest
+        if capacity < longest:
+            raise ValueError(f"KV cache: {longest} positions do not fit a capacity of {capacity}")
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
-                buffers[layer] = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
-                buffers[layer][:, :, :self.longest] = old[index, :, :self.longest]
-        self.lengths = self.lengths[index]
+                new = old.new_zeros(self.rows, old.shape[1], capacity, old.shape[3])
+                new[:, :, :longest] = old[:self.rows, :, :longest]
+                buffers[layer] = new
+        self.lengths = self.lengths.clone()
 
-class Place:
-    """Where T new positions of each row stand: their angles, cache slots, and the keys each may see. Made once a pass.
-    One rule, from absolute positions: a query sees the keys at or before it, within its window. New positions directly
-    follow a row's length, so dead slots (behind the length) are never at or before a query. `span`: the keys of the
-    pass lie in slots 0..span-1. `cache` None: the pass stands alone."""
-    def __init__(self, rows, count, cache, span, windows, device):
-        self.cache, self.positions = cache, torch.arange(count, device=device).expand(rows, count)
-        if cache is not None:
-            self.positions = self.positions + cache.lengths[:, None]
-            self.slots = cache.slots(count)
-        self.seen = {}  # window -> (first slot to read, behind the last, mask (B, T, slots))
-        for window in set(windows):
-            start = 0 if cache is None or window is None else max(0, cache.shortest + 1 - window)
-            keys, query = torch.arange(start, span, device=device), self.positions[..., None]
-            unseen = keys > query if window is None else (keys > query) | (keys <= query - window)
-            mask = torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, float("-inf"))
-            self.seen[window] = start, span, mask  # added to scores: many times faster than filling them
 
-    def turn(self, frequencies, scale, dtype):
-        """RoPE's cos and sin here, (B, T, 1, D) each, from frequencies (D / 2,); the first half of sin is negative."""
-        angles = self.positions[..., None, None].float() * frequencies
-        cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-        self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-    def rotate(self, x):
-        """RoPE on halves: x (B, T, heads, D)."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
-
-    def exchange(self, layer, window, k, v):
-        """Store a layer's new k, v (B, K, T, D); return the keys and values to attend to, as views, and their mask."""
-        start, stop, mask = self.seen[window]
-        if self.cache is not None:
-            k, v = (buffer[:len(mask), :, start:stop] for buffer in self.cache.write(layer, self.slots, k, v))
-        return k, v, mask
+def _put(buffer, index, new):
+    """Write positions `new` (B, K, T, D) at `index` of a buffer; returns the buffer that holds them."""
+    positions = buffer.view(-1, buffer.shape[-1])
+    new = new.reshape(-1, buffer.shape[-1])
+    if new.requires_grad:  # training [STOP]: gradients flow through a copy, the cache stays as it is
+        return positions.index_copy(0, index, new).view_as(buffer)
+    positions.index_copy_(0, index, new)
+    return buffer

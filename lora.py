@@ -1,57 +1,100 @@
-"""Hand-rolled LoRA that is active only at [STOP] positions: the paper's Critique Adapter (section 3).
+"""Hand-rolled LoRA that is active only at [STOP] positions: the Critique Adapter of section 3.
 
-    y = W x + (alpha / r) * mask * B(A x)
+    y = W x + (alpha / r) * 1[STOP] * B A x
 
-The adapter is an object of its own and the base model never changes: a pass without it is the base model, bit for bit
-and at no cost. There is no merge: merged weights would act on the prefix too, whose keys and values must stay the base
-model's. A starts random (Kaiming, as in the LoRA paper's code), B starts at zero."""
+The adapter is an object of its own and the base model never changes: a pass without it is the base
+model, bit for bit and at no cost. There is no merge: merged weights would act on the prefix too,
+whose keys and values must stay the base model's. A starts random (Kaiming, as in the code of the
+LoRA paper, arXiv 2106.09685), B starts at zero.
+"""
+import dataclasses
 import math
 
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+
 class Linear(nn.Linear):
-    """A linear map (..., in) -> (..., out) that an adapter may join. The model sets `name`, its checkpoint name."""
-    def forward(self, x, lora=None, mask=None):
+    """A linear map (..., in) -> (..., out) that an adapter may change.
+    `name` is its name in the checkpoint; the model sets it."""
+
+    def forward(self, x, adapter=None):
         y = F.linear(x, self.weight, self.bias)
-        return y if lora is None else lora.join(self.name, x, y, mask)
+        return y if adapter is None else adapter.join(self.name, x, y)
+
 
 class LoRA(nn.Module):
     """Low-rank pairs for the linears of `model` whose last name is in `targets`.
-    Parameters are named as PEFT names them on disk: `<checkpoint name>.lora_A.weight` (r, in) and `.lora_B.weight`
-    (out, r). They keep their own dtype (float32 over bfloat16). Raises ValueError on a target the model lacks."""
+
+    Parameters are named as PEFT names them on disk: `<linear's name>.lora_A.weight` (r, in) and
+    `.lora_B.weight` (out, r). They are float32 also beside a bfloat16 model.
+    Raises ValueError on a target that the model does not have.
+    """
+
     def __init__(self, model, rank, alpha, targets, dropout=0.0, seed=0):
         super().__init__()
-        self.rank, self.alpha, self.targets, self.dropout = rank, alpha, tuple(targets), dropout
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-        found = {name.rpartition(".")[2] for name in linears}
-        for target in sorted(set(targets) - found):
-            raise ValueError(f"LoRA target {target!r}: the model's linears are {', '.join(sorted(found))}")
+        self.rank = rank
+        self.alpha = alpha
+        self.targets = tuple(targets)
+        self.dropout = dropout
+        linears = {name: part for name, part in model.named_modules() if isinstance(part, Linear)}
+        known = {_last(name) for name in linears}
+        for target in self.targets:
+            if target not in known:
+                names = ", ".join(sorted(known))
+                raise ValueError(f"targets: found {target!r}, expected some of the model's linears: {names}")
         generator = torch.Generator().manual_seed(seed)
-        self.pairs = {name: self._pair(name, linear, generator) for name, linear in linears.items()
-                      if name.rpartition(".")[2] in targets}
+        self.pairs = {}
+        for name, linear in linears.items():
+            if _last(name) in self.targets:
+                self.pairs[name] = self._add_pair(name, linear, generator)
 
-    def _pair(self, name, linear, generator):
-        pair, device = self, linear.weight.device
-        for part in name.split("."):  # a tree of empty modules, so that the parameters' names are the checkpoint's
+    def _add_pair(self, name, linear, generator):
+        """A and B of one linear, in a tree of modules whose names spell the linear's name."""
+        pair = self
+        for part in name.split("."):
             if part not in pair._modules:
                 pair.add_module(part, nn.Module())
             pair = pair._modules[part]
+        device = linear.weight.device
         bound = 1 / math.sqrt(linear.in_features)  # Kaiming uniform with a = sqrt(5)
-        a = torch.empty(self.rank, linear.in_features, device="meta" if device.type == "meta" else "cpu")
-        pair.lora_A, pair.lora_B = nn.Module(), nn.Module()
-        pair.lora_A.weight = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(device))
-        pair.lora_B.weight = nn.Parameter(torch.zeros(linear.out_features, self.rank, device=device))
+        # Drawn on the CPU, so that a seed means the same numbers on every device.
+        drawn_on = "meta" if device.type == "meta" else "cpu"
+        a = torch.empty(self.rank, linear.in_features, device=drawn_on)
+        a.uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(linear.out_features, self.rank, device=device)
+        pair.lora_A = nn.Module()
+        pair.lora_B = nn.Module()
+        pair.lora_A.weight = nn.Parameter(a.to(device))
+        pair.lora_B.weight = nn.Parameter(b)
         return pair
 
-    def join(self, name, x, y, mask):
-        """y + (alpha / r) * mask * B(A x) for the linear `name`; x (B, T, in), y (B, T, out), mask (B, T) bool."""
-        if name not in self.pairs:
+    def at(self, active):
+        """The adapter of one pass: this LoRA at the positions where `active` (B, T) bool is true."""
+        return Adapter(self, active)
+
+
+@dataclasses.dataclass
+class Adapter:
+    """A LoRA and the positions (B, T) bool of a pass where it acts."""
+    lora: LoRA
+    active: torch.Tensor
+
+    def join(self, name, x, y):
+        """y + (alpha / r) * 1[active] * B A x for the linear `name`: x (B, T, in), y (B, T, out)."""
+        lora = self.lora
+        if name not in lora.pairs:
             return y
-        a, b = self.pairs[name].lora_A.weight, self.pairs[name].lora_B.weight
-        x = F.dropout(x.to(a.dtype), self.dropout, self.training)
-        update = F.linear(F.linear(x, a), b) * (self.alpha / self.rank)
-        return y + torch.where(mask[..., None], update, 0.0).to(y.dtype)
+        a = lora.pairs[name].lora_A.weight
+        b = lora.pairs[name].lora_B.weight
+        x = F.dropout(x.to(a.dtype), lora.dropout, lora.training)
+        update = F.linear(F.linear(x, a), b) * (lora.alpha / lora.rank)
+        return y + torch.where(self.active[..., None], update, 0.0).to(y.dtype)
+
+
+def _last(name):
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2]

@@ -1,344 +1,603 @@
-"""Tokens in and out: tokenizer, chat formats, and batched sampling on the static cache (paper, section 5: settings).
+"""Batched sampling on the static cache (section 5 has the settings), and paths stored for later use.
 
     python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
 
-A path's number for position t is a hash of (seed, prompt, path index, t): no other row of the batch changes a path."""
-import argparse
+A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): no other row of the
+batch changes a path, nor does the number of rows, nor who was pruned.
+
+Letters: B rows, V vocabulary.
+"""
+import collections
 import dataclasses
-import functools
 import json
+import math
 import resource
-import sys
 import time
 
 import numpy as np
-import tokenizers
 import torch
 from huggingface_hub.utils import tqdm
 
-from model import find_folder, load
-from task import instruction, read_json
+from model import load
+from plumbing import memory, processes
+from plumbing.answers import extract_answer, same_answer
+from plumbing.checkpoint import fingerprint, weights_digest
+from plumbing.command_line import Common, command_line, option
+from plumbing.records import Job, digest
+from plumbing.tokenizer import Tokenizer
 
-GOLDEN, MIX1, MIX2 = (x - 2 ** 64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
+# splitmix64's constants, as the signed 64-bit numbers that torch can hold
+GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64
+FACTOR_1 = 0xBF58476D1CE4E5B9 - 2 ** 64
+FACTOR_2 = 0x94D049BB133111EB - 2 ** 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a path's tokens depend on besides its prompt. The defaults are the paper's (section 5).
+    Raises ValueError on settings that describe no distribution."""
+    temperature: float = 0.6  # 0 = greedy
+    top_k: int = 40           # 0 = off
+    top_p: float = 0.95       # 1 = off
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: found {self.temperature}, expected a number >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top-k: found {self.top_k}, expected an integer >= 0 (0 = off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p: found {self.top_p}, expected a number in (0, 1] (1 = off)")
+        if not -2 ** 63 <= self.seed < 2 ** 64:
+            raise ValueError(f"seed: found {str(self.seed)[:60]}, expected an integer of 64 bits")
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+def shift_right(x, bits):
+    """x >> bits as on unsigned 64-bit numbers: the sign is not repeated."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
 
 def mix(x):
-    """splitmix64 of a Python int, or of each of an int64 tensor: 64 bits in, 64 well-mixed bits out."""
+    """splitmix64 of a Python int, or of each number of an int64 tensor: 64 well-mixed bits."""
     x = x + GOLDEN
-    for bits, factor in ((30, MIX1), (27, MIX2)):  # >> on int64 repeats the sign: a mask takes that away
-        x = (x ^ (x >> bits) & (1 << 64 - bits) - 1) * factor
-    x = x ^ (x >> 31) & (1 << 33) - 1
-    return x % 2 ** 64 if isinstance(x, int) else x  # a Python int has grown: only its low 64 bits count
+    x = (x ^ shift_right(x, 30)) * FACTOR_1
+    x = (x ^ shift_right(x, 27)) * FACTOR_2
+    x = x ^ shift_right(x, 31)
+    return x % 2 ** 64 if isinstance(x, int) else x  # a Python int has grown beyond its 64 bits
+
+
+def prompt_key(seed, prompt_ids):
+    """splitmix64 folded over the seed and the ids of a prompt: key = mix(key ^ part), from 0."""
+    key = 0
+    for part in (seed, *prompt_ids):
+        key = mix(key ^ part)
+    return key
+
 
 def path_key(seed, prompt_ids, index):
-    """The 64-bit key of path `index` of a prompt: splitmix64 folded over seed, prompt ids and index."""
-    return functools.reduce(lambda key, part: mix(key ^ part), (seed, *prompt_ids, index), 0)
+    """The 64-bit key of path `index` of a prompt: the index is folded last."""
+    return mix(prompt_key(seed, prompt_ids) ^ index)
+
 
 def uniform(keys, position):
-    """mix(key ^ position), its top 53 bits, in [0, 1): keys (B,) int64 (the bits of `path_key`) -> (B,) float64."""
-    return ((mix(keys ^ position) >> 11) & (1 << 53) - 1).double() * 2.0 ** -53
+    """The top 53 bits of mix(key ^ position) as a number in [0, 1).
+    keys (B,) int64 with the bits of `path_key`, position an int or (B,) -> (B,) float64."""
+    bits = shift_right(mix(keys ^ position), 11)
+    return bits.double() * 2.0 ** -53
+
+
+# ------------------------------------------------------------------------------- from logits to token
+
 
 def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
-    """Probabilities (..., V) float32 of logits (..., V): temperature, then top-k (the k largest), then top-p (the
-    smallest set of the largest with a mass of p), then softmax. A tie with the last one kept stays, in both. top_k=0,
-    top_p=1.0: off. Temperature 0: one-hot at the largest logit. Raises ValueError on settings of no distribution."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: found {temperature}, expected a number >= 0")
-    if top_k < 0:
-        raise ValueError(f"top-k: found {top_k}, expected an integer >= 0 (0 = off)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top-p: found {top_p}, expected a number in (0, 1] (1 = off)")
+    """Probabilities (..., V) float32 of logits (..., V): temperature, then top-k (the k largest), then
+    top-p (the smallest set of the largest with a mass of p), then softmax.
+
+    A tie with the last token kept stays, in both. top_k 0 and top_p 1 are off. Temperature 0 is
+    one-hot at the largest logit, the lowest id of equals."""
+    Sampling(temperature, top_k, top_p)  # refuses what describes no distribution
     logits = logits.float()
     if temperature < 1e-30:  # so small a number would divide to nan
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        peak, best = logits.max(-1, keepdim=True)
+        one = peak - peak + 1  # nan where the logits are not finite
+        return torch.zeros_like(logits).scatter_(-1, best, one)
     logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    size = logits.shape[-1]
-    top_k = min(top_k, size) or size
-    if top_k == size and top_p == 1:
+    V = logits.shape[-1]
+    if top_k == 0 or top_k > V:
+        top_k = V
+    if top_k == V and top_p == 1:
         return logits.softmax(-1)
-    if logits.device.type == "cpu" and size <= 1024:  # few: numpy's sort is several times faster
-        largest = torch.from_numpy(np.sort(np.partition(logits.detach().numpy(), -top_k)[..., -top_k:])).flip(-1)
-    else:
-        largest = logits.topk(top_k).values
+
+    largest = _largest(logits, top_k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if top_p < 1:
-        sizes = largest.exp()  # a token stays where those before it hold less than a mass of p
-        last = (sizes.cumsum(-1) - sizes < top_p * weights.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
+        mass = largest.exp()
+        before = mass.cumsum(-1) - mass  # of the tokens larger than each
+        stays = before < top_p * weights.sum(-1, keepdim=True)
+        last = stays.sum(-1, keepdim=True) - 1
         weights.mul_(logits >= largest.gather(-1, last))
     return weights.div_(weights.sum(-1, keepdim=True))
 
+
+def _largest(logits, count):
+    """The `count` largest of logits (..., V), in falling order."""
+    if logits.device.type == "cpu" and logits.shape[-1] <= 1024:  # few: numpy is several times faster
+        array = logits.detach().numpy()
+        top = np.sort(np.partition(array, -count)[..., -count:])
+        return torch.from_numpy(top).flip(-1)
+    return logits.topk(count).values
+
+
 def draw(probs, noise):
-    """The smallest token whose cumulative probability exceeds noise * total: probs (B, V), noise (B,) -> (B,) int64."""
+    """The smallest token whose cumulative probability exceeds noise * total.
+    probs (B, V), noise (B,) float64 in [0, 1) -> (B,) int64."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    target = noise[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+# ------------------------------------------------------------------------------------ paths and batch
+
 
 @dataclasses.dataclass
 class Path:
     """One sampled path. `ids` are its new tokens only, an end token included."""
     prompt_ids: list
-    index: int                     # which path of its prompt: with seed and prompt it fixes the path's noise
+    index: int                     # which path of its prompt: with seed and prompt it fixes the noise
     ids: list = dataclasses.field(default_factory=list)
     status: str = "running"        # running, pruned, eos, length
-    score: float | None = None     # chance to end right, once checked
+    score: float | None = None     # the chance that it ends right, once checked
+    prompt_number: int = 0         # which of the prompts that are sampled together
+
 
 def prefill(model, prompts, extra=0):
-    """Prompts (lists of token ids, ragged) in one right-padded pass -> a KVCache with a row for each and room for
-    `extra` positions more, and the hidden states (B, hidden) at the ends."""
+    """Read prompts (lists of token ids, ragged) -> a KVCache with a row for each and room for `extra`
+    more positions, and the hidden states (B, hidden) at the prompts' ends.
+
+    Passes of at most PREFILL_TOKENS positions: several short prompts, or a piece of a long one."""
+    cache = model.new_cache(len(prompts), max(len(prompt) for prompt in prompts) + extra)
+    hidden = []
+    start = 0
+    while start < len(prompts):
+        count = _prompts_of_one_pass(prompts, start)
+        part, ends = _prefill_one_pass(model, prompts[start:start + count])
+        cache.copy_rows(list(range(start, start + count)), part, list(range(count)))
+        hidden.append(ends)
+        start += count
+    return cache, torch.cat(hidden)
+
+
+def _prompts_of_one_pass(prompts, start):
+    """How many prompts from `start` on share a pass, padded to the longest of them."""
+    longest = 0
+    for count, prompt in enumerate(prompts[start:]):
+        longest = max(longest, len(prompt))
+        if count > 0 and longest * (count + 1) > memory.PREFILL_TOKENS:
+            return count
+    return len(prompts) - start
+
+
+def _prefill_one_pass(model, prompts):
+    """A cache of these prompts, right-padded, and the hidden states (B, hidden) at their ends."""
     lengths = [len(prompt) for prompt in prompts]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    cache = model.new_cache(len(prompts), max(lengths) + extra)
-    hidden = model(ids.to(model.device), cache=cache)
-    cache.truncate(lengths)
-    return cache, hidden[range(len(prompts)), [length - 1 for length in lengths]]
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    cache = model.new_cache(*ids.shape)
+    pieces = [model(piece, cache=cache) for piece in ids.split(memory.PREFILL_TOKENS, 1)]
+    cache.set_lengths(lengths)
+    hidden = torch.cat(pieces, 1)  # (B, T, hidden)
+    ends = [length - 1 for length in lengths]
+    return cache, hidden[range(len(prompts)), ends]
+
+
+class Prompts:
+    """Prompts that were read once and are copied to every row where one of their paths begins."""
+    AHEAD = 16  # prompts read in one go
+
+    def __init__(self, model, sampling):
+        self.model = model
+        self.sampling = sampling
+        self.cache = None
+        self.places = {}  # prompt -> its row in `cache`
+        self.keys = {}    # prompt -> its folded noise key
+
+    def read(self, paths, waiting):
+        """Make sure that the prompts of `paths` are read; if not, with some of those `waiting`."""
+        wanted = {tuple(path.prompt_ids) for path in paths}
+        if wanted <= self.places.keys():
+            return
+        for path in waiting:
+            if len(wanted) >= self.AHEAD:
+                break
+            wanted.add(tuple(path.prompt_ids))
+        prompts = sorted(wanted, key=len)  # like lengths together: little padding
+        self.cache, _ = prefill(self.model, prompts)
+        # The last token of a prompt is decoded as a path's newest token always is: in the next step.
+        self.cache.set_lengths([len(prompt) - 1 for prompt in prompts])
+        self.places = {prompt: row for row, prompt in enumerate(prompts)}
+        self.keys = {prompt: prompt_key(self.sampling.seed, prompt) for prompt in prompts}
+
 
 class Batch:
-    """Paths decoded together on one static cache: row r of the cache is `live[r]`; all have `steps` new tokens.
-    `decoded` counts rows x steps as computed. Between calls a row's newest token is not yet in the cache (`settle`).
-    A CUDA graph replays a step for one number of rows: ended rows leave in groups of 8 there, at once elsewhere."""
-    def __init__(self, model, paths, capacity, seed=0, temperature=0.6, top_k=40, top_p=0.95, eos_ids=None, bar=None,
+    """Paths decoded together on one static cache: row r of the cache is the path live[r].
+
+    More paths than rows wait, and begin as rows become free. A path's newest token (or its prompt's
+    last one) is `pending`: not yet in the cache. `settle` puts it there and gives the hidden states
+    from which the next tokens are drawn. `decoded` counts rows x steps as they were computed.
+    """
+
+    def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
                  on_end=None):
-        probabilities(torch.zeros(1), temperature, top_k, top_p)  # bad settings raise before any work
-        self.model, self.live, self.bar, self.on_end = model, list(paths), bar, on_end or (lambda path: None)
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        """rows: at most so many at a time. capacity: positions of a row. limit: new tokens of a path.
+        bar: a tqdm that counts tokens, its total at first limit x paths. on_end(path) is called as
+        each path ends."""
+        self.model = model
+        self.waiting = collections.deque(paths)
+        self.limit = limit
+        self.sampling = sampling
         self.eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        self.device, self.group = model.device, 8 if model.device.type == "cuda" else 1
-        keys = np.array([path_key(seed, path.prompt_ids, path.index) for path in paths], np.uint64).view(np.int64)
-        self.keys = torch.from_numpy(keys).to(self.device)
-        self.steps = self.decoded = 0
-        self.pending, self.graphs = None, {}  # (B,) tokens not yet in the cache; (rows, slots read) -> a captured step
-        prompts = {}  # each different prompt once -> its row
-        rows = [prompts.setdefault(tuple(path.prompt_ids), len(prompts)) for path in paths]
-        self.cache, hidden = prefill(model, list(prompts))
-        self.cache.regroup(rows, capacity)
-        self.hidden = hidden[rows]  # (B, hidden): what the next token is drawn from
+        self.bar = bar
+        self.on_end = on_end
+        self.prompts = Prompts(model, sampling)
+        self.model_step = DecodeStep(model)
+        self.decoded = 0
+
+        rows = min(rows, len(self.waiting))
+        device = model.device
+        self.cache = model.new_cache(rows, capacity)
+        self.live = [None] * rows
+        self.free = []  # rows whose path has ended
+        self.keys = torch.zeros(rows, dtype=torch.int64, device=device)     # (B,) of the noise
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)    # (B,) new tokens so far
+        self.pending = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) token ids
+        self.hidden = None  # (B, hidden) once the pending tokens are in the cache
+        self._begin(list(range(rows)))
 
     def decode(self, until):
-        """Go on until every path has ended or holds `until` new tokens; then only running paths are live."""
-        while self.live and self.steps < until:
+        """Decode until each path has ended or holds `until` new tokens. Then only running ones are live.
+        (While paths wait, `until` is their limit: no other lets a row become free.)"""
+        while any(path.status == "running" and len(path.ids) < until for path in self.live):
             self.settle()
-            logits, noise = self.model.logits(self.hidden), uniform(self.keys, self.steps)
-            size = max(1, (2 ** 24 if self.device.type == "cuda" else 2 ** 20) // logits.shape[-1])  # bounds the memory
-            self.pending = torch.cat([draw(probabilities(part, self.temperature, self.top_k, self.top_p), numbers)
-                                      for part, numbers in zip(logits.split(size), noise.split(size))])
-            self.steps += 1
-            self.decoded += len(self.live)
-            running = [row for row, path in enumerate(self.live) if path.status == "running"]
-            tokens = self.pending.tolist()  # the step's one wait for the device
-            for row in running:
-                self.live[row].ids.append(tokens[row])
-                if tokens[row] in self.eos_ids:
-                    self.end(self.live[row], "eos")
-            left = [row for row in running if self.live[row].status == "running"]
-            if self.bar is not None:  # its total reckons with full lengths
-                self.bar.total -= (len(running) - len(left)) * (until - self.steps)
-                self.bar.update(len(running))
-            if len(left) + self.group <= len(self.live) or not left or self.steps == until:
-                self.retain(left)
-
-    def end(self, path, status):
-        """A path has ended: "eos", "length" or "pruned"."""
-        path.status = status
-        self.on_end(path)
+            tokens = self._draw()
+            self._append(tokens)
+            self._fill_free_rows()
+        self._keep_running()
 
     def settle(self):
-        """Put the newest tokens into the cache, so that it holds every path as far as it has come."""
-        if self.pending is not None and self.live:
-            self.hidden = self._replay(self.pending) if self.device.type == "cuda" else \
-                self.model(self.pending[:, None], cache=self.cache)[:, 0]
-        self.pending = None
+        """Put the pending tokens into the cache, so that it holds every path in full."""
+        if self.hidden is None and self.live:
+            self.hidden = self.model_step(self.pending, self.cache)
 
-    def retain(self, rows):
-        """Go on with these rows only (a list). A row moves only into the place of one that left."""
-        kept, moving = set(rows), (row for row in rows if row >= len(rows))
-        order = [row if row in kept else next(moving) for row in range(len(rows))]
+    def prune(self, paths, capacity):
+        """These paths end here. Their rows are freed, and those that go on get `capacity` positions."""
+        for path in paths:
+            self._end(path, "pruned")
+        self._keep_running()
+        if self.live:
+            self.cache.rebuild(capacity)
+            self.model_step.forget()
+
+    def _begin(self, rows):
+        """The next waiting paths begin in these rows: each is a copy of its prompt's."""
+        paths = [self.waiting.popleft() for _ in rows]
+        if not paths:
+            return
+        self.prompts.read(paths, self.waiting)
+        prompts = [tuple(path.prompt_ids) for path in paths]
+        places = [self.prompts.places[prompt] for prompt in prompts]
+        self.cache.copy_rows(rows, self.prompts.cache, places)
+        keys = [mix(self.prompts.keys[prompt] ^ path.index) for prompt, path in zip(prompts, paths)]
+        for row, path in zip(rows, paths):
+            self.live[row] = path
+        self.keys[rows] = self._to_device(np.array(keys, np.uint64).view(np.int64))
+        self.drawn[rows] = 0
+        self.pending[rows] = self._to_device([prompt[-1] for prompt in prompts])
+
+    def _to_device(self, numbers):
+        return torch.as_tensor(numbers, dtype=torch.int64).to(self.model.device)
+
+    def _draw(self):
+        """The next token (B,) of every row; it becomes the pending one."""
+        logits = self.model.logits(self.hidden)  # (B, V)
+        noise = uniform(self.keys, self.drawn)
+        at_once = 2 ** 24 if logits.is_cuda else 2 ** 20  # numbers: bounds the memory of temporaries
+        block = max(1, at_once // logits.shape[-1])
+        sampling = self.sampling
+        tokens = []
+        for part, numbers in zip(logits.split(block), noise.split(block)):
+            probs = probabilities(part, sampling.temperature, sampling.top_k, sampling.top_p)
+            tokens.append(draw(probs, numbers))
+        self.pending = torch.cat(tokens)
+        self.hidden = None
+        self.drawn += 1
+        self.decoded += len(self.live)
+        return self.pending.tolist()  # the step's one wait for the device
+
+    def _append(self, tokens):
+        """Each running path takes its token, and ends if it is an end token or the last one allowed."""
+        if self.bar is not None:
+            self.bar.update(len(self.live) - len(self.free))
+        if max(tokens) >= self.model.config.vocab_size:  # what `draw` gives where a row holds NaN
+            raise ValueError("logits: found NaN or infinity, expected finite numbers (overflow in "
+                             f"{self.cache.keys[0].dtype}, or damaged weights)")
+        for row, path in enumerate(self.live):
+            if path.status != "running":
+                continue
+            path.ids.append(tokens[row])
+            if tokens[row] in self.eos_ids:
+                self._end(path, "eos")
+            elif len(path.ids) == self.limit:
+                self._end(path, "length")
+            if path.status != "running":
+                self.free.append(row)
+
+    def _end(self, path, status):
+        path.status = status
+        if self.bar is not None:
+            self.bar.total -= self.limit - len(path.ids)
+        if self.on_end is not None:
+            self.on_end(path)
+
+    def _fill_free_rows(self):
+        """Rows of ended paths take waiting paths; when none waits, they leave the batch."""
+        if self.waiting and self.free:
+            taken = self.free[:len(self.waiting)]
+            self.free = self.free[len(taken):]
+            self._begin(taken)
+        if len(self.free) >= self.model_step.group:
+            self._keep_running()
+
+    def _keep_running(self):
+        """Go on with the rows of running paths only. A row moves only into the place of one that left:
+        of live a b c d, where b has ended: a d c, and only d is copied."""
+        running = [row for row, path in enumerate(self.live) if path.status == "running"]
+        self.free = []
+        if len(running) == len(self.live):
+            return
+        staying = set(running)
+        order = []
+        for place in range(len(running)):
+            order.append(place if place in staying else running.pop())
         self.live = [self.live[row] for row in order]
         self.cache.keep(order)
-        self.keys, self.hidden = self.keys[order], self.hidden[order]
-        self.pending = None if self.pending is None else self.pending[order]
+        self.keys = self.keys[order]
+        self.drawn = self.drawn[order]
+        self.pending = self.pending[order]
+        if self.hidden is not None:
+            self.hidden = self.hidden[order]
 
-    def resize(self, capacity):
-        """New cache buffers for the live rows only, of `capacity` positions; the old ones are freed."""
-        self.cache.regroup(range(len(self.live)), capacity)
-        self.graphs.clear()  # they read the old buffers
 
-    def _replay(self, tokens):
-        """One decode step as a CUDA graph: tokens (B,) -> hidden (B, hidden). Slots are read in blocks of 256."""
-        cache, capacity = self.cache, self.cache.capacity
-        shape = cache.rows, min(capacity, (cache.longest // 256 + 1) * 256)
-        if cache.longest == capacity:
-            raise ValueError(f"KV cache: found {capacity} positions taken, expected room for one more")
-        if shape not in self.graphs:
-            self.graphs.clear()  # rows only fall and slots only rise: an older graph would hold its memory for nothing
-            fed, graph, stream = tokens.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # warm-up; it writes the slots that the replay writes again
-                self.model.run(fed[:, None], cache, shape[1])
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                hidden = self.model.run(fed[:, None], cache, shape[1])[:, 0]
-            self.graphs[shape] = graph, fed, hidden
-        graph, fed, hidden = self.graphs[shape]
+class DecodeStep:
+    """One position for every row: token ids (B,) -> hidden states (B, hidden).
+
+    On CUDA the step is captured as a graph and replayed, one graph for a number of rows and a number
+    of slots, which are read in blocks of 256. So that few graphs are made, rows of ended paths leave
+    in groups of 8 there; elsewhere at once."""
+
+    def __init__(self, model):
+        self.model = model
+        self.captured = model.device.type == "cuda"
+        self.group = 8 if self.captured else 1
+        self.graphs = {}  # (rows, slots read) -> (graph, its input, its output)
+
+    def __call__(self, tokens, cache):
+        if not self.captured:
+            return self.model(tokens[:, None], cache=cache)[:, 0]
+        if cache.longest == cache.capacity:
+            raise ValueError(f"KV cache: all of its {cache.capacity} positions are taken")
+        span = min(cache.capacity, (cache.longest // 256 + 1) * 256)
+        if (cache.rows, span) not in self.graphs:
+            self._capture(tokens, cache, span)
+        graph, fed, hidden = self.graphs[cache.rows, span]
         fed.copy_(tokens)
         graph.replay()
         cache.advance(1)
         return hidden
 
+    def forget(self):
+        """Drop the graphs: they read buffers that are no longer the cache's."""
+        self.graphs.clear()
+
+    def _capture(self, tokens, cache, span):
+        for rows, slots in list(self.graphs):
+            if rows != cache.rows:  # rows never come back: their graph would hold memory for nothing
+                del self.graphs[rows, slots]
+        fed = tokens.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up; it writes the slots that the replay writes again
+            self.model.run(fed[:, None], cache, span)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = self.model.run(fed[:, None], cache, span)[:, 0]
+        self.graphs[cache.rows, span] = (graph, fed, hidden)
+
+
+# ------------------------------------------------------------------------------------ whole prompts
+
+
 def check_prompts(model, prompts, longest):
-    """Raise ValueError unless every prompt is a non-empty list of known token ids with room for `longest` more."""
-    vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
+    """Raise ValueError unless every prompt is a non-empty list of known token ids with room for
+    `longest` more in the model's context."""
+    vocab = model.config.vocab_size
+    context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i}: found no token, expected at least one")
-        if len(prompt) + longest > limit:
-            raise ValueError(f"prompt {i}: {len(prompt)} tokens and {longest} new ones exceed the context of {limit}")
-        if outside := [token for token in prompt if not 0 <= token < vocab]:
-            raise ValueError(f"prompt {i}: token id {outside[0]} lies outside the vocabulary of {vocab}")
+        if len(prompt) + longest > context:
+            raise ValueError(
+                f"prompt {i}: {len(prompt)} tokens and {longest} new ones exceed the context of {context}")
+        for token in prompt:
+            if not 0 <= token < vocab:
+                raise ValueError(f"prompt {i}: token id {token} lies outside the vocabulary of {vocab}")
+
+
+def require_finite(values, what):
+    """Raise ValueError if a tensor holds NaN or infinity: nothing is printed, chosen or saved by one."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{what}: found NaN or infinity, expected finite numbers (overflow in "
+                         "float16, or weights or a learning rate that diverge)")
+
+
+def model_digest(model):
+    """Digits that stand for a model: its config and every byte of its weights."""
+    return digest(fingerprint(model.config), weights_digest(model))
+
+
+def room(model, prompt_ids, limit=None):
+    """How many new tokens a path may have: `limit`, or what the context leaves, at most 16,384 (section 5)."""
+    if limit is not None:
+        return limit
+    return max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids)))
+
 
 @torch.inference_mode()
-def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95, seed=0, eos_ids=None,
-             batch=None, bar=None, on_end=None):
-    """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path. eos_ids: end tokens (None:
-    the model's own). batch: at most so many rows at a time (None: all), which changes no token. bar: a tqdm counting
-    tokens. on_end(path) is called as each path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
-    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", 1 if batch is None else batch)):
-        if value < 1:
+def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, batch=None, bar=None,
+               on_end=None):
+    """Sample n paths of at most `limit` new tokens for each prompt, with freed rows taking the next path
+    at once. on_complete(i, paths) is called as soon as all n paths of prompts[i] have ended, in
+    whatever order that happens; then they are let go. The rest as in `generate`."""
+    check_prompts(model, prompts, limit)
+    paths = []
+    unfinished = {}  # prompt number -> its paths so far, of which some still run
+    for number, prompt in enumerate(prompts):
+        unfinished[number] = [Path(list(prompt), index, prompt_number=number) for index in range(n)]
+        paths += unfinished[number]
+    if not paths:
+        return
+    running = collections.Counter({number: n for number in unfinished})
+
+    def ended(path):
+        if on_end is not None:
+            on_end(path)
+        running[path.prompt_number] -= 1
+        if running[path.prompt_number] == 0:
+            on_complete(path.prompt_number, unfinished.pop(path.prompt_number))
+
+    capacity = max(len(prompt) for prompt in prompts) + limit
+    rows = memory.choose_rows(model, capacity, batch)
+    group = Batch(model, paths, rows, capacity, limit, sampling, eos_ids, bar, ended)
+    paths.clear()  # the batch holds those that wait and those that run
+    group.decode(until=limit)
+
+
+def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95, seed=0,
+             eos_ids=None, batch=None, bar=None, on_end=None):
+    """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
+
+    eos_ids: end tokens (None: the model's own). batch: rows at a time (None: as many as fit the free
+    memory), which changes no token. bar: a tqdm that counts tokens. on_end(path) is called as each
+    path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", batch)):
+        if value is not None and value < 1:
             raise ValueError(f"{name}: found {value}, expected at least 1")
-    check_prompts(model, prompts, max_new_tokens)
-    paths = [Path(list(prompt), index) for prompt in prompts for index in range(n)]
-    for start in range(0, len(paths), batch or len(paths) or 1):
-        wave = paths[start:start + batch] if batch else paths
-        capacity = max(len(path.prompt_ids) for path in wave) + max_new_tokens
-        rows = Batch(model, wave, capacity, seed, temperature, top_k, top_p, eos_ids, bar, on_end)
-        rows.decode(max_new_tokens)
-        for path in rows.live:
-            rows.end(path, "length")
-    return [paths[start:start + n] for start in range(0, len(paths), n)]
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    results = [None] * len(prompts)
 
-FORMATS = {  # special tokens that tell a format, and its prompt; the first whose tokens are all there is taken
-    "harmony": (("<|start|>", "<|channel|>", "<|message|>"), "<|start|>system<|message|>You are ChatGPT, a large "
-                "language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2025-08-05\n\nReasoning: "
-                "{effort}\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message."
-                "<|end|><|start|>user<|message|>{text}<|end|><|start|>assistant"),
-    "r1": (("<｜User｜>", "<｜Assistant｜>"), "<｜begin▁of▁sentence｜><｜User｜>{text}<｜Assistant｜>{opening}"),
-    "chatml": (("<|im_start|>", "<|im_end|>"), "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"),
-    "raw": ((), "{text}")}
+    def take(number, paths):
+        results[number] = paths
 
-class Tokenizer:
-    """The tokenizer.json of a checkpoint (directory or Hub id) and a chat format, by default told from special tokens:
-    r1 = DeepSeek-R1-Distill, chatml = Qwen, harmony = gpt-oss, raw = none. ValueError where its tokens are missing."""
-    def __init__(self, path, chat_format=None):
-        folder = find_folder(path)
-        file, config, jinja = (folder / f for f in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
-        try:
-            self.library = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{file}: {'not a tokenizer' if file.is_file() else 'missing'}: {error}") from None
-        fits = [name for name, (marks, _) in FORMATS.items() if None not in map(self.library.token_to_id, marks)]
-        self.format = chat_format or fits[0]
-        if self.format not in fits:
-            raise ValueError(f"chat format: found {self.format!r}, expected one that fits {folder}: {', '.join(fits)}")
-        template = read_json(config).get("chat_template") if config.is_file() else None
-        template = template or (jinja.read_text(encoding="utf-8") if jinja.is_file() else None)
-        opens = not template or "<｜Assistant｜><think>" in str(template)  # a template is believed
-        self.opening = "<think>\n" if self.format == "r1" and opens else ""  # R1-Distill thinks from the start
+    sample_all(model, prompts, n, max_new_tokens, sampling, take, eos_ids, batch, bar, on_end)
+    return results
 
-    def encode(self, text):
-        """Token ids of a text; special tokens in it are read as such, none are added."""
-        return self.library.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids, skip_special_tokens=False):
-        """The text of token ids."""
-        return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling, batch=None):
+    """n finished, graded paths of each problem, stored in `folder` and read from there the next time.
 
-    def prompt(self, text, effort="medium"):
-        """Token ids of a user's message in the chat format, up to where the model goes on. effort: of harmony."""
-        return self.encode(FORMATS[self.format][1].format(text=text, effort=effort, opening=self.opening))
+    Returns records in the order of the problems: {"id", "prompt_ids", "answers", "right", "paths"}, the
+    last three with an entry a path. The file is named by all that shapes the paths, weights included.
+    Interrupted, it is taken up where it stopped; ValueError on an edited line or another run's."""
+    prompts = [tokenizer.ask(problem) for problem in problems]
+    limit = min(room(model, prompt, max_new_tokens) for prompt in prompts)
+    check_prompts(model, prompts, limit)
+    graded = [[problem.id, problem.kind, problem.answer] for problem in problems]
+    identity = digest(model_digest(model), list(model.config.eos_ids),
+                      prompts, graded, n, limit, dataclasses.asdict(sampling))
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = [{"id": problem.id, "prompt_ids": prompt} for problem, prompt in zip(problems, prompts)]
+    job = Job(folder / f"paths-{identity[:12]}.jsonl", identity, heads)
+    todo = processes.mine(job.todo())
 
-    def ask(self, problem):
-        """Token ids that put a task.Problem to the model: with the paper's instruction, or as it is to a raw model."""
-        return self.prompt(problem.problem if self.format == "raw" else instruction(problem))
+    def store(number, paths):
+        problem = problems[todo[number]]
+        answers = [extract_answer(tokenizer.completion(path.ids), problem.kind) for path in paths]
+        right = [same_answer(answer, problem.answer, problem.kind) for answer in answers]
+        ids = [path.ids for path in paths]
+        job.add(todo[number], {"answers": answers, "right": right, "paths": ids})
 
-    def completion(self, ids):
-        """A path's text as a grader reads it: with the <think> that the prompt has opened, special tokens left in."""
-        return self.opening + self.decode(ids)
+    with job, token_bar("paths", len(todo) * n * limit) as bar:
+        sample_all(model, [prompts[i] for i in todo], n, limit, sampling, store, None, batch, bar)
+    return job.finish()
 
-    def stream(self):
-        """A function that takes one token id and returns the text it completes, "" inside a character."""
-        state = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
-        return lambda token: state.step(self.library, token) or ""
 
-def option(default, text):
-    """A dataclass field with its default and its help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def token_bar(name, total):
+    """A progress bar that counts tokens; on a terminal only, and of the first process only."""
+    silent = None if processes.is_first() else True  # None: if no terminal is there
+    return tqdm(total=total, unit="tok", unit_scale=True, desc=name, disable=silent)
 
-def command_line(settings, main, recipe=None):
-    """Run main(settings(...)) with one flag per dataclass field; a flag comes before recipe(flags), a dict of defaults,
-    and that before the dataclass. A user's mistake (ValueError, OSError) is one line on stderr, exit status 2."""
-    parser = argparse.ArgumentParser(description=sys.modules[settings.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(settings):
-        kind = getattr(field.type, "__args__", [field.type])[0]  # int of int | None
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        default = "" if field.default in (None, dataclasses.MISSING) else f" [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + default,
-                            required=field.default is dataclasses.MISSING, default=argparse.SUPPRESS, **how)
-    flags = vars(parser.parse_args())
-    try:
-        resolved = settings(**(recipe(flags) if recipe else {}) | flags)
-        print(f"settings: {json.dumps(dataclasses.asdict(resolved))}", flush=True)
-        main(resolved)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
 
-@dataclasses.dataclass
-class Common:
-    """Flags of every script; the paper's sampling settings are the defaults."""
-    model: str = option("toy", "checkpoint directory or Hub id")
-    max_new_tokens: int | None = option(None, "limit of a path (default: what the context leaves, at most 16384)")
-    temperature: float = option(0.6, "0 = greedy")
-    top_k: int = option(40, "0 = off")
-    top_p: float = option(0.95, "1 = off")
-    seed: int = option(0, "of all randomness")
-    chat_format: str | None = option(None, "raw, r1, chatml or harmony (default: by the tokenizer's special tokens)")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    dtype: str = option("bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")
+# ------------------------------------------------------------------------------------- command line
+
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python sample.py` can be told."""
     prompt: str = option(dataclasses.MISSING, "the user's message")
     n: int = option(8, "paths")
-    batch: int | None = option(None, "rows at a time, where all do not fit memory (changes no token)")
+
+
+def sampling_of(settings):
+    """The Sampling in a script's settings."""
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+
 
 def open_model(settings):
-    """The Decoder and the Tokenizer that a script's settings name. Raises ValueError on an unknown device or dtype."""
+    """The Decoder and the Tokenizer that a script's settings name. ValueError on an unknown device or dtype."""
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
     try:
-        torch.empty(0, device=settings.device)
+        device = processes.start(settings.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: found {settings.device!r}: {str(error).splitlines()[0]}") from None
-    model = load(settings.model, settings.device, getattr(torch, settings.dtype))
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: found {settings.device!r}: {reason}") from None
+    model = load(settings.model, device, getattr(torch, settings.dtype))
     return model, Tokenizer(settings.model, settings.chat_format)
 
-def room(model, prompt_ids, limit=None):
-    """How many new tokens a path may have: `limit`, or what the context leaves, at most the paper's 16,384."""
-    return max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids))) if limit is None else limit
+
+def peak_memory():
+    """The most memory that was in use, in bytes: of the GPU if one was used, else of this process."""
+    on_gpu = torch.cuda.max_memory_allocated()
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
 
 def main(settings):
     """Print n paths as they end; the last line is one JSON object."""
     model, tokenizer = open_model(settings)
     prompt_ids = tokenizer.prompt(settings.prompt)
     limit = room(model, prompt_ids, settings.max_new_tokens)
+
     def show(path):
-        tqdm.write(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{tokenizer.decode(path.ids)}")
+        text = tokenizer.decode(path.ids)
+        tqdm.write(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{text}")
+
     start = time.perf_counter()
-    with tqdm(total=settings.n * limit, unit="tok", disable=None) as bar:
-        (paths,) = generate(model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k,
-                            settings.top_p, settings.seed, batch=settings.batch, bar=bar, on_end=show)
-    seconds, tokens = time.perf_counter() - start, sum(len(path.ids) for path in paths)
-    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # 0: no CUDA
-    print(json.dumps({"tokens": tokens, "seconds": round(seconds, 3), "tok_per_s": round(tokens / seconds, 1),
-                      "peak_memory_bytes": peak}))
+    with token_bar("paths", settings.n * limit) as bar:
+        (paths,) = generate(
+            model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k, settings.top_p,
+            settings.seed, batch=settings.batch, bar=bar, on_end=show)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(path.ids) for path in paths)
+    print(json.dumps({
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tok_per_s": round(tokens / seconds, 1),
+        "peak_memory_bytes": peak_memory()}))
+
 
 if __name__ == "__main__":
     command_line(Settings, main)

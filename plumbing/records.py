@@ -3,6 +3,9 @@
 Nothing here belongs to the paper. Whatever a run leaves in its folder is written whole or not at all, and is believed
 later only if its seal says that this run wrote it.
 """
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -53,3 +56,156 @@ def digest(*parts):
     """Sixteen hexadecimal digits that stand for JSON values: equal values, equal digits."""
     content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def claim(file, settings):
+    """Write a run's settings (a dict) to `file`, or make sure that the file there holds the same.
+    ValueError naming the key where it holds a run with others."""
+    if Path(file).is_file():
+        found = read_json(file)
+        for key in sorted(found.keys() | settings.keys()):
+            if key not in found or key not in settings or found[key] != settings[key]:
+                shown = repr(found.get(key, "nothing"))[:60]
+                asked = repr(settings.get(key, "no such key"))[:60]
+                raise ValueError(f"{file}: {key}: found {shown}, expected {asked} as asked: take another --out")
+    elif processes.is_first():
+        write_atomic(file, json.dumps(settings, indent=1) + "\n")
+    processes.wait_for_all()
+
+
+def write_sealed(file, identity, content):
+    """Write bytes below a line with their seal: a digest of an identity (text) and of them."""
+    seal = hashlib.sha256(identity.encode() + content).hexdigest()
+    write_atomic(file, seal.encode() + b"\n" + content)
+
+
+def read_sealed(file, identity, advice):
+    """The bytes that `write_sealed` wrote for this identity. ValueError with an advice where they are not."""
+    seal, _, content = Path(file).read_bytes().partition(b"\n")
+    if seal.decode("latin-1") != hashlib.sha256(identity.encode() + content).hexdigest():
+        raise ValueError(f"{file}: damaged, or another run's: {advice}")
+    return content
+
+
+class Job:
+    """A long piece of work that finishes a record at a time, in any order, in a file of JSON lines.
+
+        job = Job(file, identity, heads)         # reads what an earlier, killed run has finished
+        with job:
+            for i in job.todo():
+                job.add(i, {...})                # written at once
+        records = job.finish()                   # all of them, in order, in the file too
+
+    heads: for each record the fields (a dict) that say which one it is. identity: JSON values for all
+    that shapes the records. Each line carries a seal, a digest of identity and line. A line without
+    its seal, of another identity or with a head that is not asked for, or one that stands twice, is a
+    ValueError that names file and line; a torn last line is cut and its record made again.
+
+    Several processes (torchrun) append to a file each, which `finish` puts together.
+    """
+
+    def __init__(self, file, identity, heads):
+        self.file = Path(file)
+        self.identity = identity
+        self.heads = heads
+        self.records = [None] * len(heads)
+        self.order = []  # record numbers as they stand in the file
+        self.output = None
+        self._read()
+
+    def todo(self):
+        """The numbers of the records that are still to be made."""
+        return [i for i, record in enumerate(self.records) if record is None]
+
+    def __enter__(self):
+        processes.wait_for_all()  # nobody appends while another still reads
+        own = self.file
+        if processes.count() > 1:
+            own = self.file.with_name(f"{self.file.name}.part{processes.rank()}")
+        self.output = open(own, "a", buffering=1, encoding="utf-8")
+        return self
+
+    def __exit__(self, *_):
+        self.output.close()
+
+    def add(self, i, fields):
+        """Write record i: its head and these fields."""
+        self.records[i] = self.heads[i] | fields
+        self.order.append(i)
+        self.output.write(self._line(i))
+
+    def finish(self):
+        """All records, in order; then the one file holds them in order, whatever was interrupted."""
+        processes.wait_for_all()
+        if processes.count() > 1:
+            self._read()
+        missing = len(self.todo())
+        if missing:
+            raise ValueError(f"{self.file}: {missing} of {len(self.heads)} records are missing")
+        processes.wait_for_all()
+        if processes.is_first() and (self.order != list(range(len(self.heads))) or self._parts()):
+            lines = [self._line(i) for i in range(len(self.heads))]
+            write_atomic(self.file, "".join(lines))
+            for part in self._parts():
+                part.unlink()
+        processes.wait_for_all()
+        return self.records
+
+    def _line(self, i):
+        record = self.records[i]
+        return json.dumps(record | {"seal": digest(self.identity, record)}) + "\n"
+
+    def _parts(self):
+        """Files of single processes, which a killed run may have left."""
+        return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.part*"))
+
+    def _read(self):
+        """Take in every finished record."""
+        numbers = {digest(head): i for i, head in enumerate(self.heads)}
+        head_keys = set().union(*self.heads)
+        self.records = [None] * len(self.heads)
+        self.order = []
+        for file in [self.file, *self._parts()]:
+            if not file.is_file():
+                continue
+            _cut_torn_line(file)
+            for line, record in read_records(file):
+                seal = record.pop("seal", None)
+                if seal != digest(self.identity, record):
+                    raise ValueError(
+                        f"{file}:{line}: found an edited line or another run's: remove the line or the file")
+                head = {key: value for key, value in record.items() if key in head_keys}
+                number = numbers.get(digest(head))
+                if number is None or self.records[number] is not None:
+                    problem = "that was not asked for" if number is None else "for the second time"
+                    raise ValueError(f"{file}:{line}: found a record {problem}: remove the line")
+                self.records[number] = record
+                self.order.append(number)
+
+
+def _cut_torn_line(file):
+    """Cut what a killed writer left of its last line."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold `path` (a run's folder, or a file) for this process alone, with a lock file beside or in it.
+    ValueError where another process holds it. A lock whose process has died is free."""
+    path = Path(path)
+    lock = path / "lock" if path.is_dir() else Path(f"{path}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino != os.stat(lock).st_ino:
+                raise OSError("the lock file was replaced in this moment")
+        except OSError:
+            raise ValueError(
+                f"{path}: another process is at work there: wait for it, or choose another --out") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""How many rows fit: free memory, bytes a row, and what is said where they do not.
+
+The arithmetic is on shapes alone, so that it can be checked for machines that are not there:
+a row holds `capacity` positions of keys and values for every layer, and while it is decoded its
+attention scores and its logits.
+"""
+import os
+from pathlib import Path
+
+import torch
+
+from plumbing import processes
+
+MOST_ROWS = 1024  # more rows a step than this no longer raise the rate
+PREFILL_TOKENS = 8192  # positions of one prefill pass: enough to keep a GPU busy
+SHARE = 0.9  # of the free memory; the rest is for allocators and fragments
+SCORE_COPIES = 12  # bytes an attention score: float32 scores, their softmax, one more while they are made
+GB = 1e9
+
+
+def free_bytes(device):
+    """Memory that can be had on a torch device now, in bytes; of the CPU's, this process's share."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved  # what PyTorch holds and does not use is free for it
+    return min(_free_of_machine(), _free_of_group()) // processes.count()
+
+
+def _free_of_machine():
+    """MemAvailable of Linux, elsewhere half of the memory."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_of_group():
+    """What the control group (a container's limit) still grants; no limit: very much."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text != "max":
+            return max(0, int(text) - int(used.read_text()))
+    return 2 ** 62
+
+
+def row_bytes(config, capacity, element):
+    """Bytes of one row of `capacity` positions; `element`: bytes of one number in the cache."""
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
+    scores = config.num_attention_heads * SCORE_COPIES
+    logits = config.vocab_size * 8  # as the head gives them, and in float32
+    return capacity * (position + scores) + logits
+
+
+def working_bytes(config, capacity, element):
+    """Bytes that a pass needs beside the rows: one prefill, and one block of the draw."""
+    width = max(3 * config.intermediate_size, 4 * config.hidden_size)
+    activations = PREFILL_TOKENS * width * element
+    scores = min(2 ** 27, PREFILL_TOKENS * config.num_attention_heads * capacity) * SCORE_COPIES
+    prefilled = PREFILL_TOKENS * row_bytes(config, 1, element)
+    return activations + scores + min(prefilled, row_bytes(config, capacity, element) * 8)
+
+
+def rows_that_fit(config, capacity, element, free):
+    """How many rows of `capacity` positions fit `free` bytes beside the weights, at most MOST_ROWS.
+    Raises ValueError with both numbers where not even one does."""
+    usable = SHARE * free - working_bytes(config, capacity, element)
+    rows = int(usable // row_bytes(config, capacity, element))
+    if rows < 1:
+        needed = working_bytes(config, capacity, element) + row_bytes(config, capacity, element)
+        raise ValueError(
+            f"memory: one row of {capacity:,} positions needs {needed / SHARE / GB:.1f} GB beside the "
+            f"weights, {free / GB:.1f} GB are free: lower --max-new-tokens, or take a larger device")
+    return min(rows, MOST_ROWS)
+
+
+def choose_rows(model, capacity, batch=None):
+    """Rows to decode at a time: `batch` if given, else as many as fit the memory that is free now."""
+    if batch is not None:
+        return batch
+    element = model.model.embed_tokens.weight.element_size()
+    return rows_that_fit(model.config, capacity, element, free_bytes(model.device))
+
+
+def require_weights(folder, needed, device):
+    """Raise ValueError with both numbers where a model's weights (bytes) do not fit a device."""
+    if torch.device(device).type == "meta":
+        return
+    free = free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"{folder}: its weights need {needed / GB:.1f} GB, {device} has {free / GB:.1f} GB free: "
+            "take another --dtype or a larger device")
