@@ -1,9 +1,8 @@
-r"""The answer in a response, and whether two answers are the same: labels, avg@k and votes rest on these two.
+r"""The answer in a response, and whether two answers are the same.
 
-Paper: section 3.2 (a soft label is the share of continuations that end right) and the appendix on evaluation. No text,
-however hostile, may raise, hang, or take more than time linear in its length.
-
-    python -c 'from plumbing.answers import *; print(same_answer(extract_answer(r"So \\boxed{\\frac12}."), "0.5"))'
+Soft labels, avg@k and votes rest on these two (paper, the appendix on prompts and evaluation). No
+text, however hostile, may raise or hang: extraction takes time linear in the text, and comparing
+takes bounded work. Looked up, not run: sample.py extracts and grades, stop.py's vote compares.
 """
 import math
 import operator
@@ -13,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-MAX_ANSWER = 400  # characters; a longer answer equals only itself, which bounds the work of the patterns
+MAX_ANSWER = 400  # characters; a longer answer equals only itself, which bounds the work
 MAX_DEPTH = 100  # of brackets, signs and powers; an answer nested deeper is compared as text
 HUGE = 10**300  # no larger number is computed: 2^{99} is exact, 9^{9^9} is refused unseen
 
@@ -34,12 +33,12 @@ _FIELD = re.compile(
 def extract_answer(text, kind="math", whole=False):
     r"""The answer in a response, as it was written, or None. Never raises; linear in the text.
 
-    What follows the last `</think>` counts, or harmony's last `final` message, or nothing where thinking has no end;
-    the whole text if `whole` is set or no such marks are there. Where the prompt opened `<think>`, the caller puts it
-    before the response.
+    What follows the last `</think>` counts, or harmony's last `final` message, or nothing where
+    thinking has no end; the whole text if `whole` is set or no such marks are there. Where the
+    prompt opened `<think>`, the caller puts it before the response.
     "math": the last balanced \boxed{...} or \fbox{...}.
-    "choice": the last `answer: letter`, else a boxed letter, else one alone on the last line, else one that the last
-    line states in prose ("The correct answer is **B**.").
+    "choice": the last `answer: letter`, else a boxed letter, else one alone on the last line, else
+    one that the last line states in prose ("The correct answer is **B**.").
     """
     if not isinstance(text, str):
         return None
@@ -108,35 +107,36 @@ _STATEMENT = re.compile(
     r"(?:(?i:the|correct|option|choice|letter|text|textbf|mathbf|mathrm)[^A-Za-z0-9?]{1,6}){0,4}"
     r"([A-Fa-f])(?![A-Za-z0-9])"
 )
-# What may follow the letter: nothing but marks, a closing mark, the end of a clause (but "B. subtilis" names a
-# species), a reason, or the option's text in brackets or behind a dash.
+# What may follow the letter: nothing but marks, a closing mark, the end of a clause (but "B.
+# subtilis" names a species), a reason, or the option's text in brackets or after a dash.
 _AFTER_LETTER = re.compile(
     r"[\W_]*$|\s?[)\]}*\"”$]|\.(?!\s*[a-z])(?![A-Za-z0-9])|[,;:!](?![A-Za-z0-9])"
     r"| (?:because|since|as|due|given|based)\b| [(–—-](?![A-Za-z0-9]-)"
 )
 _CLAUSE_ENDS = re.compile(r"[,.;:!?\n]|\b(?i:then|so|thus|hence|therefore)\b")
 _SUPPOSED = re.compile(
-    r"\b(?i:if|whether|when|unless|until|suppose|supposing|assume|assuming|say|not|never|would|could|might|may|doubt"
-    r"|unlikely|wrong|incorrect)\b|n['’]t\b"
+    r"\b(?i:if|whether|when|unless|until|suppose|supposing|assume|assuming|say|not|never"
+    r"|would|could|might|may|doubt|unlikely|wrong|incorrect)\b|n['’]t\b"
 )
 _TURNS = re.compile(
-    r"\?|\b(?i:but|wait|however|hmm+|actually|alternatively|unless|let me|let's|let us|not sure|double-check)\b"
-    r"|^[)\]}*\s]*(?:[,/&]|\b(?:and|or)\b)[^A-Za-z0-9]*(?:(?:and|or|option|choice)[^A-Za-z0-9]+){0,2}[A-F](?![A-Za-z0-9])"
+    r"\?|\b(?i:but|wait|however|hmm+|actually|alternatively|unless|let me|let's|let us"
+    r"|not sure|double-check)\b"
+    r"|^[)\]}*\s]*(?:[,/&]|\b(?:and|or)\b)[^A-Za-z0-9]*"
+    r"(?:(?:and|or|option|choice)[^A-Za-z0-9]+){0,2}[A-F](?![A-Za-z0-9])"
 )
 
 
 def _stated_letter(text):
     """The letter of the last `answer is B`, if it is a conclusion; else None.
 
-    A conclusion stands on the last line, so that no later text can take it back; its own clause supposes or denies
-    nothing ("if the answer is B"); and what follows on the line neither turns ("but wait", "?") nor names a second
-    letter ("B or C"). A small letter without marks may be an article and must end its clause.
+    A conclusion stands on the last line, so that no later text takes it back; its own clause
+    supposes or denies nothing ("if the answer is B"); and what follows on the line neither turns
+    ("but wait", "?") nor names a second letter ("B or C").
     """
-    statement = None
-    for statement in _STATEMENT.finditer(text):
-        pass
-    if statement is None:
+    statements = list(_STATEMENT.finditer(text))
+    if not statements:
         return None
+    statement = statements[-1]
     rest = text[statement.end() :]
     if "\n" in rest or not _AFTER_LETTER.match(rest) or _TURNS.search(rest):
         return None
@@ -145,8 +145,9 @@ def _stated_letter(text):
     if _SUPPOSED.search(clause):
         return None
     letter = statement[1]
-    is_torn_article = letter == "a" and rest == ""  # "the answer is a", and there the tokens ran out
-    return None if is_torn_article else letter.upper()
+    if letter == "a" and rest == "":  # an article, behind which the tokens ran out
+        return None
+    return letter.upper()
 
 
 # Whether two answers are the same
@@ -160,14 +161,14 @@ class Values(NamedTuple):
 
 
 def same_answer(answer, reference, kind="math"):
-    r"""Whether an extracted answer equals the published one. Never raises; bounded work; None or blank equals nothing.
+    r"""Whether an extracted answer equals the published one. Never raises; bounded work.
 
-    "choice": the same letter.
-    "math": rationals compare exactly, other numbers to a relative 1e-9, the rest as text. Units, percent and degree
-    signs are dropped (50\% is 50); the right side of the last `=` counts; \pm gives two. A comma list, bare or in
-    braces, is a multiset; a reference in ( ) or [ ] (a point, an interval) fixes the order too, and the brackets if
-    the answer has any. `1,234` is one number or two, 1\frac12 is 3/2, 2\frac53 is 10/3, 1e-3 is 0.001. Of a reference
-    `080 or 081 (both were accepted)` either is right.
+    None or blank equals nothing. "choice": the same letter. "math": rationals compare exactly,
+    other numbers to a relative 1e-9, the rest as text. Units, percent and degree signs are dropped
+    (50\% is 50); the right side of the last `=` counts; \pm gives two. A comma list, bare or in
+    braces, is a multiset; a reference in ( ) or [ ] (a point, an interval) fixes the order too, and
+    the brackets if the answer has any. `1,234` is one number or two, 1\frac12 is 3/2, 2\frac53 is
+    10/3, 1e-3 is 0.001. Of a reference `080 or 081 (both were accepted)` either is right.
     """
     if not isinstance(answer, str) or not isinstance(reference, str):
         return False
@@ -188,7 +189,7 @@ def same_answer(answer, reference, kind="math"):
 
 
 def _accepted(reference):
-    """The answers of which each is right: two in `080 or 081 (both were accepted)`, else the reference itself."""
+    """The answers that are right: two of `080 or 081 (both were accepted)`, else the reference."""
     note = re.fullmatch(r"(.+?)\s*\((?:both|either|all)\b[^()]*\baccepted\)", reference)
     return re.split(r",? or |, ", note[1]) if note else [reference]
 
@@ -206,7 +207,8 @@ def _both_signs(match):
     return match[0].replace(r"\pm", "+") + "," + match[0].replace(r"\pm", "-")
 
 
-# Spellings made one, in this order; beside each pattern what it alone does to an example (which is a test).
+# Many spellings become one, in this order. Beside each pattern: what it alone makes of an example
+# (tests/test_answers.py reads these comments).
 _REWRITES = [
     (r"[−–]", "-"),  # −5 -> -5
     (r"[×·]|\\(?:cdot|times)(?![A-Za-z])", "*"),  # 2\cdot 3 -> 2* 3
@@ -219,14 +221,17 @@ _REWRITES = [
     (r"π", r"\\pi "),  # 2π+1 -> 2\pi +1
     (r"\\[,;: ]|~|\\q?quad|\s+", " "),  # 5\,m\quad 6 -> 5 m  6
     (r"\^?\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|°", ""),  # 90^{\circ} -> 90
-    (r",?\s*\\text\s*\{\s*(?:and|or)\s*\}|,? (?:and|or) ", ","),  # 1, 2\text{ and }3 or 4 -> 1, 2,3,4
+    (r",?\s*\\text\s*\{\s*(?:and|or)\s*\}|,? (?:and|or) ", ","),  # 2\text{ and }3 or 4 -> 2,3,4
     (r"√\s*([0-9]+)", r"\\sqrt{\1}"),  # √12 -> \sqrt{12}
     (r"√", r"\\sqrt "),  # √(2) -> \sqrt (2)
     (  # 5\text{ cm}^2 -> 5
         r"([0-9)}!])\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*[ie]\s*\})[^{}]*\}(?:\^\{?[0-9]\}?)?",
         r"\1",
     ),
-    (r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox|boxed|fbox)(?![A-Za-z])", ""),  # \textbf{(C)} -> {(C)}
+    (  # \textbf{(C)} -> {(C)}
+        r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox|boxed|fbox)(?![A-Za-z])",
+        "",
+    ),
     (r"\\[dtc]frac", r"\\frac"),  # \dfrac{1}{2} -> \frac{1}{2}
     (r"\\(frac|sqrt)\s*([0-9])", r"\\\1{\2}"),  # \frac 12 -> \frac{1}2
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),  # \frac{1}2 -> \frac{1}{2}
@@ -248,7 +253,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,(\[])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9]
 
 @lru_cache(maxsize=4096)  # a vote compares the same few answers again and again
 def _readings(text):
-    """The values that `text` may stand for: its commas read as they are, and as thousands separators."""
+    """The values that `text` may stand for, its commas read as they are and as thousands marks."""
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
     if not text:
@@ -261,7 +266,7 @@ def _readings(text):
 
 
 def _same(value, expected):
-    """Equality of two values, each a number (Fraction or complex), Values, or str for what is no number."""
+    """Equality of two values: numbers (Fraction or complex), Values, or str for what is neither."""
     if isinstance(value, Values) and isinstance(expected, Values):
         return _same_list(value, expected)
     exact = isinstance(value, Fraction) and isinstance(expected, Fraction)
@@ -289,7 +294,7 @@ def _same_list(values, expected):
 
 _TOKEN = re.compile(
     r"\\?[A-Za-z]+"
-    r"|[0-9.](?:[0-9. ]*[0-9.])?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"  # "10 000" is one token, no product
+    r"|[0-9.](?:[0-9. ]*[0-9.])?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"  # "10 000" is no product
     r"|\S"
 )
 _CONSTANTS = {r"\pi": complex(math.pi), "i": 1j, "e": complex(math.e)}
@@ -310,9 +315,10 @@ class _Unreadable(ValueError):
 
 
 def _value(text):
-    r"""The Fraction, complex number or Values that a normalised text stands for, else the text, without its spaces.
+    r"""The Fraction, complex number or Values that a rewritten text stands for, else the text.
 
-    Read are + - * / ^ !, products without a sign (as *: 1/2\pi is half of pi), brackets, \frac, \sqrt[n], \pi i e.
+    Read are + - * / ^ !, products without a sign (as *: 1/2\pi is half of pi), brackets, \frac,
+    \sqrt[n], \pi i e. Of other text spaces, braces around one character and (of one word) case go.
     """
     with suppress(ValueError, ArithmeticError):
         parser = _Parser("{" + text + "}")
@@ -325,7 +331,10 @@ def _value(text):
 
 
 class _Parser:
-    """Reads an answer by operator precedence. Its methods raise ValueError or ArithmeticError on what is no answer."""
+    """Reads an answer by operator precedence.
+
+    What it cannot read or reckon raises ValueError or ArithmeticError.
+    """
 
     def __init__(self, text):
         self.tokens = _TOKEN.findall(text)
@@ -356,14 +365,14 @@ class _Parser:
         return value
 
     def operand(self):
-        """A bracket, a signed operand, a macro with its arguments, a constant, a name or a number."""
+        """A bracket, a signed operand, a macro and its arguments, a constant, name or number."""
         token = self.take()
         if token in ("(", "[", "{"):
             return self.bracketed(token)
         if token == "+":
             return _number(self.expression(_SIGN))
         if token == "-":
-            # Not -x, which gives a real number the imaginary part -0, and its powers another branch.
+            # Not -x: that gives a real number the imaginary part -0, and its powers another branch.
             return Fraction(0) - _number(self.expression(_SIGN))
         if token == r"\frac":
             numerator = self.argument()

@@ -1,11 +1,12 @@
-"""Problem files: JSON lines, a JSON list, CSV, or a data set of the Hub, each read as a list of Problem.
+"""Problem files (JSON lines, a JSON list, CSV, or a data set of the Hub), read as lists of Problem.
 
-Paper: section 4 and the appendices on data and prompts (AIME 1983-2023 and GPQA without Diamond to train on). Data are
-never part of this project. What differs from set to set is converted at the edge, so that one format is read inside:
+Data and prompts are the paper's: it trains on AIME 1983-2023 and on GPQA without its Diamond part.
+No data belong to this project; users name their own. What differs from set to set is converted at
+the edge, so that one format is read inside:
 
-    {"problem": "Find $m+n$.", "answer": "958", "id": "2023-II-15", "options": {"A": "...", "B": "..."} or none}
+    {"problem": "Which?", "answer": "B", "id": "7", "options": {"A": "this", "B": "that"}}
 
-    python -c 'from plumbing.problems import *; print(read_problems("toy/test.jsonl")[0])'
+Looked up, not run: every script reads its --data and --test through here.
 """
 import csv
 import io
@@ -24,11 +25,20 @@ from plumbing.records import read_json, read_records
 LETTERS = "ABCDEF"  # ZebraLogic has six options
 LAST_TRAINING_YEAR = 2023  # of AIME: the paper trains on 1983 to 2023 and tests on the years after
 # The files of the sets that hold more than one that we read.
-HUB_FILES = {"Idavidrein/gpqa": ["gpqa_diamond.csv"], "opencompass/AIME2025": ["*-I.jsonl", "*-II.jsonl"]}
+HUB_FILES = {
+    "Idavidrein/gpqa": ["gpqa_diamond.csv"],
+    "opencompass/AIME2025": ["*-I.jsonl", "*-II.jsonl"],
+}
 ANY_FILE = ["*.[cj]s[vo]*"]  # .csv, .json, .jsonl
 PARQUET = (
-    "parquet needs converting to JSON lines first (aime_2024, aime_2025, brumo_2025, hmmt_25 and zebralogic_hard lie as "
-    "JSON in data/benchmark of github.com/bijiaxihh/STOP)"
+    "parquet needs converting to JSON lines first (aime_2024, aime_2025, brumo_2025, hmmt_25 and "
+    "zebralogic_hard are JSON files in data/benchmark of github.com/bijiaxihh/STOP)"
+)
+# The paper's sentences, word for word.
+ASK_FOR_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+ASK_FOR_LETTER = (
+    "Please show your choice in the answer field with only the choice letter, "
+    'e.g., "ANSWER": "C".'
 )
 
 
@@ -43,28 +53,26 @@ class Problem:
 
     @property
     def kind(self):
-        """ "choice" or "math", as plumbing.answers takes it."""
+        """Which of the kinds of plumbing.answers it is: "choice" with options, else "math"."""
         return "choice" if self.options else "math"
 
 
 def instruction(problem):
-    """The user message of the paper (appendix C.3). A raw-text model is given `problem.problem` alone instead."""
+    """The paper's user message (appendix C.3). A raw-text model gets `problem.problem` alone."""
     if problem.kind == "math":
-        return problem.problem + "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+        return f"{problem.problem}\n\n{ASK_FOR_BOX}"
     options = "\n".join(f"{letter}. {text}" for letter, text in problem.options.items())
-    return (
-        f"{problem.problem}\n\n{options}\n\nPlease show your choice in the answer field with only the choice letter, "
-        'e.g., "ANSWER": "C".'
-    )
+    return f"{problem.problem}\n\n{options}\n\n{ASK_FOR_LETTER}"
 
 
 def read_problems(path):
-    """The problems of one source, in its order, as list[Problem]. ValueError in one line names file and record.
+    """The problems of one source, in its order, as list[Problem].
 
-    path: a JSON list, JSON lines or CSV file, or `hf:owner/dataset` or `hf:owner/dataset/file` on the Hub.
-    Keys, in either case: `problem` or `question`; `answer`, text or a number; if wanted `id` (else `record id`,
-    `problem_idx`, the position from 1) and `options` or `choices`, by letter or a list: the answer is then a letter.
-    GPQA's four answers are shuffled, always the same way.
+    path: a JSON list, JSON lines or CSV file, or hf:owner/dataset or hf:owner/dataset/file (Hub).
+    Keys, in either case: `problem` or `question`; `answer`, text or a number; if wanted `id` (else
+    `record id`, `problem_idx`, the position from 1) and `options` or `choices`, by letter or a
+    list: the answer is then a letter. GPQA's four answers are shuffled, always the same way.
+    ValueError in one line names file, record and key.
     """
     try:
         return _read_source(str(path))
@@ -77,9 +85,9 @@ def read_problems(path):
 def read_sources(paths):
     """The problems of several sources, one source after another, as list[Problem] with unique ids.
 
-    paths: a list, or text with commas between the sources. Ids stay as they are unless two sources share one. Then
-    every id becomes NAME/ID, where NAME is the source's file or data set without its suffix; if two of these names are
-    the same, each gets its position before it: 1-train/7, 2-train/7.
+    paths: a list, or text with commas between the sources. Ids stay as they are unless two sources
+    share one. Then every id becomes NAME/ID, where NAME is the source's file (without its suffix)
+    or data set; if two names are the same, positions come before them: 1-train/7, 2-train/7.
     """
     if isinstance(paths, str):
         paths = [path.strip() for path in paths.split(",") if path.strip()]
@@ -108,10 +116,16 @@ def _names(paths):
 
 
 def without_held_out(problems, tests):
-    """(the problems to train on, those dropped because a test asks the same), told by their text, white space folded."""
+    """(the problems to train on, those dropped because their text is that of a held-out problem).
+
+    White space makes no difference between two texts.
+    """
     held_out = {_folded(test) for test in tests}
-    kept = [problem for problem in problems if _folded(problem) not in held_out]
-    dropped = [problem for problem in problems if _folded(problem) in held_out]
+    kept = []
+    dropped = []
+    for problem in problems:
+        group = dropped if _folded(problem) in held_out else kept
+        group.append(problem)
     return kept, dropped
 
 
@@ -141,12 +155,13 @@ def _read_source(path):
 
 
 def _fetch(name):
-    """Paths of the problem files of `owner/dataset`, or of its one `owner/dataset/file`, from the Hub or its cache."""
+    """Paths of the problem files of owner/dataset, or of owner/dataset/file, fetched or cached."""
     repo = "/".join(name.split("/")[:2])
     file = name.removeprefix(repo).strip("/")
     patterns = [file] if file else HUB_FILES.get(repo, ANY_FILE)
     try:
-        folder = huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns)
+        folder = huggingface_hub.snapshot_download(repo, repo_type="dataset",
+            allow_patterns=patterns)
         files = []
         for pattern in patterns:
             files.extend(Path(folder).rglob(pattern))
@@ -169,31 +184,36 @@ def _fetch(name):
 def _what_is_wrong_with(in_repo, repo):
     """Why the files of a data set are not read, and what to do."""
     found = _cut(", ".join(in_repo), 200)
-    message = f"found {found}; expected one file of CSV, JSON or JSON lines, or hf:{repo}/FILE to choose one"
+    expected = f"one file of CSV, JSON or JSON lines, or hf:{repo}/FILE to choose one"
+    message = f"found {found}; expected {expected}"
     if any(file.endswith(".parquet") for file in in_repo):
         message += f"; {PARQUET}"
     return message
 
 
 def _records(path):
-    """[(place, record)] of a CSV file with a header, a JSON list or JSON lines."""
-    if str(path).endswith(".csv"):
-        rows = _csv_rows(path)
-        return [(f"{path}: record {n}", row) for n, row in enumerate(rows, 1)]
+    """Yield (place, record) of a CSV file with a header, a JSON list or JSON lines."""
     content = Path(path).read_bytes()
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    if str(path).endswith(".csv"):
+        records = _csv_rows(path, content)
+    elif content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         records = read_json(path, content, list)
-        return [(f"{path}: record {n}", record) for n, record in enumerate(records, 1)]
-    return [(f"{path}:{line}", record) for line, record in read_records(path)]
+    else:
+        for line, record in read_records(path):
+            yield f"{path}:{line}", record
+        return
+    for number, record in enumerate(records, 1):
+        yield f"{path}: record {number}", record
 
 
-def _csv_rows(path):
-    """The rows of a CSV file as dicts; a row's cells without a name in the header lie under "surplus"."""
+def _csv_rows(path, content):
+    """The rows of a CSV file as dicts; cells without a name in the header are its "surplus"."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        if "\0" in text:
+        text = content.decode("utf-8-sig")
+        if "\0" in text:  # newer versions of Python read it
             raise csv.Error("it contains NUL")
-        return list(csv.DictReader(io.StringIO(text, newline=""), restkey="surplus", strict=True))
+        file = io.StringIO(text, newline="")
+        return list(csv.DictReader(file, restkey="surplus", strict=True))
     except (UnicodeError, csv.Error) as error:
         raise ValueError(f"{path}: not CSV: {error}") from None
 
@@ -215,12 +235,12 @@ def _is_after_training(place, record):
 
 
 def _from_gpqa(place, record):
-    """A record with `options` and a letter for GPQA's correct and three incorrect answers, which are then shuffled."""
+    """A record of GPQA with `options`, its four answers shuffled, and the right one's letter."""
     _, question = _question(place, record)
     keys = ["correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3"]
     texts = [record.get(key) for key in keys]
     _expect(all(texts), place, record, "correct answer", "this and three `incorrect answer`s")
-    order = random.Random(question).sample(range(4), 4)  # of its own seed: whatever else is in the file
+    order = random.Random(question).sample(range(4), 4)  # whatever else is in the file
     options = {letter: str(texts[n]).strip() for letter, n in zip(LETTERS, order)}
     return {**record, "options": options, "answer": LETTERS[order.index(0)]}
 
@@ -229,7 +249,7 @@ def _from_gpqa(place, record):
 
 
 def _problem(place, record, position, taken):
-    """The Problem of a record. `position` is the id of a record that names none, `taken` holds the ids before it."""
+    """The Problem of a record. `position` stands for a missing id, `taken` holds the ids before."""
     key, question = _question(place, record)
     options = _options(place, record)
     answer = _answer(place, record, options)
@@ -290,9 +310,6 @@ def _id(place, record, position, taken):
     return str(name)
 
 
-# Complaints
-
-
 def _expect(good, place, record, key, expected):
     """ValueError naming the place, the key and what was found there, unless good."""
     if not good:
@@ -301,7 +318,7 @@ def _expect(good, place, record, key, expected):
 
 
 def _expect_unicode(place, key, text):
-    """ValueError where a text holds half a surrogate pair, which can be neither tokenized nor written as UTF-8."""
+    """ValueError where a text holds half a surrogate pair, which no tokenizer or file takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -9,42 +9,46 @@ import pytest
 from plumbing import answers
 from plumbing.answers import extract_answer, same_answer
 
-PUBLISHED = [r"2^{25} \cdot 26!", r"1-\frac{2}{\pi}", r"2,3,\frac{3+i\sqrt{3}}{2},\frac{3-i\sqrt{3}}{2}",
-             r"\sqrt{\frac{95}{24}}", r"\frac{-1+\sqrt{17}}{2}, \frac{-1-\sqrt{17}}{2}", r"\sqrt{23}-2 \sqrt{3}",
-             r"2^{99}", r"\frac{1}{9}", r"3+2\sqrt{2}", r"20\pi", r"-\frac{2431}{50}", r"\frac{9\sqrt{30}}{4}", "025",
-             "204"]
+PUBLISHED = [
+    r"2^{25} \cdot 26!", r"1-\frac{2}{\pi}", r"2,3,\frac{3+i\sqrt{3}}{2},\frac{3-i\sqrt{3}}{2}",
+    r"\sqrt{\frac{95}{24}}", r"\frac{-1+\sqrt{17}}{2}, \frac{-1-\sqrt{17}}{2}",
+    r"\sqrt{23}-2 \sqrt{3}", r"2^{99}", r"\frac{1}{9}", r"3+2\sqrt{2}", r"20\pi",
+    r"-\frac{2431}{50}", r"\frac{9\sqrt{30}}{4}", "025", "204",
+]
 
 EQUAL = [
-    ("025", "25"), ("1,234", "1234"), ("1{,}234", "1234"), (r"1,\!234", "1234"), (r"12,345\text{ km}", "12345"),
-    ("1.50", "1.5"), ("1.5", "3/2"), ("3/2", r"1\frac{1}{2}"), (r"1\frac12", "1.5"), (r"-1\frac{1}{2}", "-1.5"),
-    (r"2\frac{5}{3}", "10/3"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"-\frac{1}{2}", "-.5"),
-    (r"\dfrac{3}{4}", r"\tfrac34"),
-    (r"\frac 1 2", "0.5"), (r"\frac1{23}", "1/23"), (r"\frac\pi2", r"0.5\pi"), ("0.33333333333", "1/3"),
-    ("1e-3", "10^{-3}"),
-    (r"2\sqrt3", r"\sqrt{12}"), (r"\sqrt 23", r"3\sqrt{2}"), ("√12", r"2\sqrt{3}"), (r"\sqrt[3]{-8}", "-2"),
-    (r"\sqrt[3]{2}", "2^{1/3}"), (r"\left(\frac{1}{2}\right)^{2}", ".25"), ("-2^2", "-4"), ("2^{3^{2}}", "2^3^2"),
-    (r"2\cdot-3", "-6"), ("3!!", "720"), ("20π", r"\pi\times 20"), ("−5", "-5"), (r"i^2", "-1"), (r"2\mathrm{i}", "2i"),
-    (r"50\%", "50"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), (r"\$12", "12"), (r"$12.$", "12"),
-    ("12 apples", "12"), ("3 cm, 5 cm", "5,3"),
-    (r"5\text{ cm}^2", "5"), (r"5\,\mathrm{cm}", "5"), ("x=5", "5"), ("f(1,2)=5", "5"), (r"\boxed{5}", "5"),
-    (r"\text{(C)}", "c"), (r"\boxed{\textbf{(C)}}", "C"), (r"\text{Even}", "even"), ("x^{2}+1", "x^2 + 1"),
-    ("3, 2", "2,3"), (r"\{1,2\}", "2, 1"), ("x=1, x=2", "2,1"), (r"2\text{ and }3", "2,3"), ("100,200", "200, 100"),
-    (r"\pm 3", "3,-3"), ("(1,2)", "(1, 2)"), ("1,2", "(1,2)"), (r"(0.5, 3)", r"(\frac{1}{2},3)"),
-    ("(1,2),(3,4)", "(3,4),(1,2)"),
-    (r"[0,\infty)", r"\left[0, \infty\right)"), (r"26! \times 33554432", PUBLISHED[0]),
-    (r"\frac{\pi-2}{π}", PUBLISHED[1]),
+    ("025", "25"), ("1,234", "1234"), ("1{,}234", "1234"), (r"1,\!234", "1234"),
+    (r"12,345\text{ km}", "12345"), ("1.50", "1.5"), ("1.5", "3/2"), ("3/2", r"1\frac{1}{2}"),
+    (r"1\frac12", "1.5"), (r"-1\frac{1}{2}", "-1.5"), (r"2\frac{5}{3}", "10/3"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"-\frac{1}{2}", "-.5"), (r"\dfrac{3}{4}", r"\tfrac34"),
+    (r"\frac 1 2", "0.5"), (r"\frac1{23}", "1/23"), (r"\frac\pi2", r"0.5\pi"),
+    ("0.33333333333", "1/3"), ("1e-3", "10^{-3}"), (r"2\sqrt3", r"\sqrt{12}"),
+    (r"\sqrt 23", r"3\sqrt{2}"), ("√12", r"2\sqrt{3}"), (r"\sqrt[3]{-8}", "-2"),
+    (r"\sqrt[3]{2}", "2^{1/3}"), (r"\left(\frac{1}{2}\right)^{2}", ".25"), ("-2^2", "-4"),
+    ("2^{3^{2}}", "2^3^2"), (r"2\cdot-3", "-6"), ("3!!", "720"), ("20π", r"\pi\times 20"),
+    ("−5", "-5"), (r"i^2", "-1"), (r"2\mathrm{i}", "2i"), (r"50\%", "50"), (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"), (r"\$12", "12"), (r"$12.$", "12"), ("12 apples", "12"),
+    ("3 cm, 5 cm", "5,3"), (r"5\text{ cm}^2", "5"), (r"5\,\mathrm{cm}", "5"), ("x=5", "5"),
+    ("f(1,2)=5", "5"), (r"\boxed{5}", "5"), (r"\text{(C)}", "c"), (r"\boxed{\textbf{(C)}}", "C"),
+    (r"\text{Even}", "even"), ("x^{2}+1", "x^2 + 1"), ("3, 2", "2,3"), (r"\{1,2\}", "2, 1"),
+    ("x=1, x=2", "2,1"), (r"2\text{ and }3", "2,3"), ("100,200", "200, 100"), (r"\pm 3", "3,-3"),
+    ("(1,2)", "(1, 2)"), ("1,2", "(1,2)"), (r"(0.5, 3)", r"(\frac{1}{2},3)"),
+    ("(1,2),(3,4)", "(3,4),(1,2)"), (r"[0,\infty)", r"\left[0, \infty\right)"),
+    (r"26! \times 33554432", PUBLISHED[0]), (r"\frac{\pi-2}{π}", PUBLISHED[1]),
     (r"\frac{3 \pm i\sqrt3}{2}, 3, 2", PUBLISHED[2]), (r"\frac{\sqrt{570}}{12}", PUBLISHED[3]),
     (r"\frac{-1 \pm \sqrt{17}}{2}", PUBLISHED[4]), (r"-\sqrt{12}+\sqrt{23}", PUBLISHED[5]),
-    (r"18\frac{35}{39}", "737/39")]
+    (r"18\frac{35}{39}", "737/39"),
+]
 
 UNEQUAL = [
-    ("1", "2"), ("(1,2)", "(2,1)"), ("2,1", "(1,2)"), ("[1,2]", "(1,2)"), ("1,2", "1,2,2"), ("1,1,2", "1,2,2"),
-    ("C", "D"),
-    ("2^{99}", "2^{99}+1"), (r"2^{25} \cdot 26!", r"2^{25} \cdot 26! - 1"), ("0.333", "1/3"), ("50%", "0.5"),
-    ("10 000", "0"), ("10 000", "10"), (r"\frac{x}{yz}", r"\frac{xy}{z}"), ("x", "y"), ("x=", "y="), (",2", "2,-2"),
-    ("5", "x"),
-    (r"(0,\infty)", r"[0,\infty)"), (r"\Delta", r"\delta"), ("0.5^{2000}", "0"), ("1/0", "2/0"), ("", ""), (" ", " "),
-    (None, None), (None, "1"), ("1", None), ([], []), (b"1", "1")]
+    ("1", "2"), ("(1,2)", "(2,1)"), ("2,1", "(1,2)"), ("[1,2]", "(1,2)"), ("1,2", "1,2,2"),
+    ("1,1,2", "1,2,2"), ("C", "D"), ("2^{99}", "2^{99}+1"),
+    (r"2^{25} \cdot 26!", r"2^{25} \cdot 26! - 1"), ("0.333", "1/3"), ("50%", "0.5"),
+    ("10 000", "0"), ("10 000", "10"), (r"\frac{x}{yz}", r"\frac{xy}{z}"), ("x", "y"), ("x=", "y="),
+    (",2", "2,-2"), ("5", "x"), (r"(0,\infty)", r"[0,\infty)"), (r"\Delta", r"\delta"),
+    ("0.5^{2000}", "0"), ("1/0", "2/0"), ("", ""), (" ", " "), (None, None), (None, "1"),
+    ("1", None), ([], []), (b"1", "1"),
+]
 
 
 @pytest.mark.parametrize("a, b", EQUAL)
@@ -75,30 +79,35 @@ def test_choice_answers_compare_as_letters():
 
 
 MATH = [
-    (r"So \boxed{5}", "5"), (r"\boxed{ 38 }", "38"), (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-    (r"\fbox{7}", "7"),
-    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{1} then \boxed{\frac{1}{2", "1"), (r"\boxed{3 and \boxed{4}", "4"),
-    (r"\boxed{\boxed{5}}", "5"), (r"\boxed {6}", "6"), (r"} \boxed{\{1,2\}} {", r"\{1,2\}"),
-    (r"\boxed{5}, thus \boxed{}", "5"),
-    (r"<think>\boxed{1}</think>\boxed{2}", "2"), (r"\boxed{1}</think> no box", None), (r"<think>\boxed{1}", None),
-    (r"<think>a</think>\boxed{1}<think>\boxed{2}", None), (r"\boxed{1}</think>\boxed{2}</think>\boxed{3}", "3"),
-    ("no box", None), ("", None), (r"\boxed{12}<|im_end|>", "12"), (r"\boxed{12<｜end▁of▁sentence｜>}", "12"),
-    (r"<|channel|>analysis<|message|>\boxed{1}<|end|><|start|>assistant<|channel|>final<|message|>\boxed{2}<|return|>",
-     "2"),
-    (r"<|channel|>final<|message|>\boxed{1}<|end|><|start|>assistant<|channel|>analysis<|message|>\boxed{2}<|end|>",
-     "1"),
-    (r"<|channel|>final<|message|>\boxed{1}<|end|><|channel|>final<|message|>\boxed{2}<|return|>\boxed{3}", "2"),
-    (r"<|channel|>analysis<|message|>\boxed{1}", None), (None, None), (5, None), (b"\\boxed{5}", None)]
+    (r"So \boxed{5}", "5"), (r"\boxed{ 38 }", "38"),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), (r"\fbox{7}", "7"),
+    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{1} then \boxed{\frac{1}{2", "1"),
+    (r"\boxed{3 and \boxed{4}", "4"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed {6}", "6"),
+    (r"} \boxed{\{1,2\}} {", r"\{1,2\}"), (r"\boxed{5}, thus \boxed{}", "5"),
+    (r"<think>\boxed{1}</think>\boxed{2}", "2"), (r"\boxed{1}</think> no box", None),
+    (r"<think>\boxed{1}", None), (r"<think>a</think>\boxed{1}<think>\boxed{2}", None),
+    (r"\boxed{1}</think>\boxed{2}</think>\boxed{3}", "3"), ("no box", None), ("", None),
+    (r"\boxed{12}<|im_end|>", "12"), (r"\boxed{12<｜end▁of▁sentence｜>}", "12"),
+    (r"<|channel|>analysis<|message|>\boxed{1}<|end|><|start|>assistant"
+     r"<|channel|>final<|message|>\boxed{2}<|return|>", "2"),
+    (r"<|channel|>final<|message|>\boxed{1}<|end|><|start|>assistant"
+     r"<|channel|>analysis<|message|>\boxed{2}<|end|>", "1"),
+    (r"<|channel|>final<|message|>\boxed{1}<|end|>"
+     r"<|channel|>final<|message|>\boxed{2}<|return|>\boxed{3}", "2"),
+    (r"<|channel|>analysis<|message|>\boxed{1}", None), (None, None), (5, None),
+    (b"\\boxed{5}", None),
+]
 
 CHOICE = [
-    ('"ANSWER": "C"', "C"), ("Answer: (b)", "B"), ("**Answer:** D", "D"), (r"Answer: \boxed{\text{E}}", "E"),
-    ("answer: f.", "F"),
-    ("Answer: A\nno, Answer: B", "B"), ("Answer: option C because", "C"), (r"\boxed{A} Answer: B", "B"),
-    (r"It is \boxed{\textbf{(D)}}", "D"), ("reasons\n\n(C)\n", "C"), ("reasons\n**c**<|im_end|>", "C"),
-    ("A is tempting", None),
+    ('"ANSWER": "C"', "C"), ("Answer: (b)", "B"), ("**Answer:** D", "D"),
+    (r"Answer: \boxed{\text{E}}", "E"), ("answer: f.", "F"), ("Answer: A\nno, Answer: B", "B"),
+    ("Answer: option C because", "C"), (r"\boxed{A} Answer: B", "B"),
+    (r"It is \boxed{\textbf{(D)}}", "D"), ("reasons\n\n(C)\n", "C"),
+    ("reasons\n**c**<|im_end|>", "C"), ("A is tempting", None),
     ("Answer: a good question. \\boxed{B}", "B"), ("Answer: C6H6", None), ("Answer: G", None),
-    ("Answer: Because", None),
-    ("<think>Answer: A", None), ("<think>Answer: A</think>Answer: B", "B"), ("", None), (None, None)]
+    ("Answer: Because", None), ("<think>Answer: A", None),
+    ("<think>Answer: A</think>Answer: B", "B"), ("", None), (None, None),
+]
 
 
 @pytest.mark.parametrize("text, expected", MATH)
@@ -117,18 +126,17 @@ def test_extract_whole_ignores_where_thinking_ends():
 
 
 def test_hostile_input_neither_raises_nor_hangs():
-    hostile = ["9^{9^{9^9}}", "10000000!", "(" * 100_000 + ")" * 100_000, "(" * 199 + "1" + ")" * 199, "(" * 400,
-               "-" * 400,
-               "\\" * 1_000_000, "1e999", "1e99999999", "0/0", "0^{-1}", r"\sqrt[0]{2}", r"\frac{" * 66, r"\sqrt" * 80,
-               r"\frac{1}{" * 40 + "1" + "}" * 40, "2^" * 199 + "2", "1/9^{99}" * 40, "!" * 400, "5" + "!" * 300,
-               "=" * 400,
-               ",".join("1" * 200), ",".join(map(str, range(100))), r"\pm," * 100, r"\text{" * 60, "\ud800", "\x00",
-               "٣", "^",
-               r"(1+i)^{10^{10}}", "1^{10^{200}}", "e^{10^{200}}", r"\boxed{" * 50_000,
-               r"\boxed{" * 30_000 + "}" * 30_000,
-               "{" * 300_000, "answer:" * 30_000, "<|" * 100_000, r"\boxed" + " " * 300_000, "A" * 300_000,
-               "<|channel|>" * 10_000,
-               None, 1, 2.5, float("nan"), float("inf"), 10 ** 5000, b"x", [], {}, object()]
+    hostile = [
+        "9^{9^{9^9}}", "10000000!", "(" * 100_000 + ")" * 100_000, "(" * 199 + "1" + ")" * 199,
+        "(" * 400, "-" * 400, "\\" * 1_000_000, "1e999", "1e99999999", "0/0", "0^{-1}",
+        r"\sqrt[0]{2}", r"\frac{" * 66, r"\sqrt" * 80, r"\frac{1}{" * 40 + "1" + "}" * 40,
+        "2^" * 199 + "2", "1/9^{99}" * 40, "!" * 400, "5" + "!" * 300, "=" * 400,
+        ",".join("1" * 200), ",".join(map(str, range(100))), r"\pm," * 100, r"\text{" * 60,
+        "\ud800", "\x00", "٣", "^", r"(1+i)^{10^{10}}", "1^{10^{200}}", "e^{10^{200}}",
+        r"\boxed{" * 50_000, r"\boxed{" * 30_000 + "}" * 30_000, "{" * 300_000, "answer:" * 30_000,
+        "<|" * 100_000, r"\boxed" + " " * 300_000, "A" * 300_000, "<|channel|>" * 10_000, None, 1,
+        2.5, float("nan"), float("inf"), 10 ** 5000, b"x", [], {}, object(),
+    ]
     start = time.process_time()
     for x in hostile:
         for kind in ("math", "choice"):
@@ -140,7 +148,7 @@ def test_hostile_input_neither_raises_nor_hangs():
 
 
 def rewrites_with_examples():
-    """(pattern, replacement, text, what becomes of it) of each line of _REWRITES; the texts stand in its comments."""
+    """(pattern, replacement, text, what becomes of it) per rewrite; the texts are its comment."""
     source = Path(answers.__file__).read_text(encoding="utf-8")
     table = source.partition("\n_REWRITES = [\n")[2].partition("\n]\n")[0]
     examples = re.findall(r"  # (.*) -> (.*)", table)
@@ -267,8 +275,10 @@ def test_prose_gives_no_answer_in_mathematics():
 
 
 def test_extraction_takes_time_linear_in_the_text():
-    pieces = ["the answer is ", "answer is (B) ", "the answer is B ", "correct option ", "answer to a b c d ",
-              "if ", "answer is \\text{", "\\boxed{", "Answer: ", "**", "<think>", "<|channel|>final", "is B,", " "]
+    pieces = ["the answer is ", "answer is (B) ", "the answer is B ", "correct option ",
+        "answer to a b c d ",
+              "if ", "answer is \\text{", "\\boxed{", "Answer: ", "**", "<think>",
+              "<|channel|>final", "is B,", " "]
     for piece in pieces:
         start = time.process_time()
         extract_answer("x " + piece * (1_000_000 // len(piece)) + "B", "choice")
