@@ -2,7 +2,7 @@
 
     python eval.py                                  # the embedded toy: its STOP and its judge
     python eval.py --model M --stop S --data test.jsonl --judge Qwen/Qwen2.5-Math-PRM-7B
-    torchrun --nproc-per-node 8 eval.py --model M --stop S --data test.jsonl
+    torchrun --nproc-per-node 8 -- eval.py --model M --stop S --data test.jsonl
 
 N full paths of each problem are sampled once, graded and stored. Every scorer, of types I to IV,
 scores their prefixes, the best k of each problem are kept, and the kept paths are compared. The
