@@ -28,7 +28,7 @@ Current date: 2025-08-05
 
 Reasoning: {effort}
 
-# Valid channels: analysis, commentary, final. Channel must be included for every message."""
+# Valid channels: analysis, commentary, final. Channel must be included for every message.{system}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Tokenizer:
         self.opening = self.frame.opening
         if template is not None and template.is_of(self.frame):
             if self.format == "harmony":
-                template.check_harmony()
+                self.system = template.read_harmony()
             else:
                 self.bos = template.read_bos(config, self.frame)
                 self.system = template.read_system(self.frame)
@@ -175,14 +175,24 @@ TAG = re.compile(
 ONE_LITERAL = re.compile(rf"\s*({LITERAL})\s*", re.DOTALL)
 ANY_LITERAL = re.compile(LITERAL, re.DOTALL)
 
-NO_THINKING = re.compile(r"\s*if\s+(enable_thinking is defined and )?"
-                         r"(enable_thinking is false|not enable_thinking)\s*")
+CONDITIONS = {  # that may stand behind the mark of the model's turn: what they are where nothing is set
+    "if enable_thinking is false": False,
+    "if enable_thinking is defined and enable_thinking is false": False,
+    "if enable_thinking is defined and not enable_thinking": False,
+    "if enable_thinking is defined and enable_thinking is true": False,
+    "if enable_thinking is defined and enable_thinking": False,
+    "if enable_thinking": False,
+    "if not enable_thinking": True,
+    "if enable_thinking is not defined or enable_thinking": True,
+    "if enable_thinking is not defined or enable_thinking is true": True,
+    "if enable_thinking is undefined or enable_thinking is true": True}
 SYSTEM_VARIABLE = re.compile(rf"system\w*\s*=\s*({LITERAL})", re.DOTALL)
 TRIMMED = re.compile(r"message(\.content|\[['\"]content['\"]\])\s*(\|\s*trim|\.strip\()")
 HARMONY_LINES = (
     "You are ChatGPT, a large language model trained by OpenAI.",
     "Knowledge cutoff: 2024-06",
     "# Valid channels: analysis, commentary, final. Channel must be included for every message.")
+HARMONY_TOOLS = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
 def read_template(folder, config):
@@ -219,6 +229,12 @@ def unquote(literal):
     return literal[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
 
 
+def begins_with(shown, text):
+    """Whether what a {{ }} tag shows begins with a literal that begins with `text`."""
+    literal = ANY_LITERAL.match(shown.lstrip())
+    return literal is not None and unquote(literal[0]).startswith(text)
+
+
 class ChatTemplate:
     """The text of a chat template, and what can be read from it for a prompt of one user message."""
 
@@ -234,17 +250,24 @@ class ChatTemplate:
 
     def is_of(self, frame):
         """Whether it is written in this format."""
-        return bool(frame.marks) and frame.marks[0] in self.text
+        return any(mark in self.text for mark in frame.marks)
 
     def shown(self):
         """The {{ }} tags, in order."""
         return [tag for tag in self.tags if tag["shown"] is not None]
 
-    def check_harmony(self):
-        """Refuse a system message other than gpt-oss's."""
+    def read_harmony(self):
+        """What ends the system message: the first snapshots of gpt-oss speak of tools where there are none.
+        Another system message than gpt-oss's is refused."""
         for line in HARMONY_LINES:
             if line not in self.text:
                 self.refuse(f"gpt-oss's line {shorten(line)} is missing")
+        done = ""
+        for tag in self.tags:
+            done = tag["done"] or done
+            if HARMONY_TOOLS in (tag["shown"] or "") and done.strip() != "if tools":
+                return "\n" + HARMONY_TOOLS
+        return ""
 
     def read_bos(self, config, frame):
         """What stands for bos_token, if the template shows it: the tokenizer's, "" where that is null."""
@@ -261,20 +284,38 @@ class ChatTemplate:
     def read_system(self, frame):
         """The system message, marks included, that stands where the user gives none; "" if there is none."""
         for literal in SYSTEM_VARIABLE.findall(self.text):
-            if unquote(literal):
-                self.refuse(f"a default system message in a variable, {shorten(literal)}")
+            text = unquote(literal)
+            if text:
+                self.refuse(f"a default system message in a variable, {shorten(text)}")
         if TRIMMED.search(self.text):
             self.refuse("it trims messages")
 
+        if not frame.system:
+            return ""
         found = set()
-        for tag in self.shown():
-            literal = ONE_LITERAL.fullmatch(tag["shown"])
-            text = unquote(literal[1]) if literal else ""
-            if frame.system and text.startswith(frame.system) and text != frame.system:
-                found.add(text)
+        done = ""
+        for tag in self.tags:
+            done = tag["done"] or done
+            if tag["shown"] is not None and begins_with(tag["shown"], frame.system):
+                found.add(self.read_default(tag["shown"], done, frame))
+        found.discard("")
         if len(found) > 1:
             self.refuse(f"{len(found)} default system messages")
         return found.pop() if found else ""
+
+    def read_default(self, shown, done, frame):
+        """The system message that a {{ }} tag shows to a user who gives none; done: the {% %} tag before it."""
+        literal = ONE_LITERAL.fullmatch(shown)
+        if literal is None:
+            if "message" not in shown:  # not that of the user
+                self.refuse(f"a default system message in variables, {shorten(shown)}")
+            return ""
+        text = unquote(literal[1])
+        if text == frame.system:
+            if "tools" not in done:  # what introduces tools, of which there are none
+                self.refuse("a default system message in parts")
+            return ""
+        return text
 
     def read_opening(self, frame):
         """What the template puts behind the mark of the model's turn: "<think>\\n", or nothing."""
@@ -295,9 +336,9 @@ class ChatTemplate:
         skipping = False
         for tag in tags:
             if tag["done"] is not None:
-                words = tag["done"].strip()
-                if NO_THINKING.fullmatch(words):
-                    skipping = True
+                words = " ".join(tag["done"].split())
+                if words in CONDITIONS:
+                    skipping = not CONDITIONS[words]
                 elif words == "else":
                     skipping = not skipping
                 elif words == "endif":
