@@ -116,7 +116,7 @@ _AFTER_LETTER = re.compile(
 _CLAUSE_ENDS = re.compile(r"[,.;:!?\n]|\b(?i:then|so|thus|hence|therefore)\b")
 _SUPPOSED = re.compile(
     r"\b(?i:if|whether|when|unless|until|suppose|supposing|assume|assuming|say|not|never"
-    r"|would|could|might|may|doubt|unlikely|wrong|incorrect)\b|n['’]t\b"
+    r"|would|could|might|may|doubt|unlikely)\b|n['’]t\b"
 )
 _TURNS = re.compile(
     r"\?|\b(?i:but|wait|however|hmm+|actually|alternatively|unless|let me|let's|let us"
@@ -290,7 +290,7 @@ def _same_list(values, expected):
     return True
 
 
-# The value of a normalised answer
+# The value of a rewritten answer
 
 _TOKEN = re.compile(
     r"\\?[A-Za-z]+"

@@ -160,8 +160,8 @@ def _fetch(name):
     file = name.removeprefix(repo).strip("/")
     patterns = [file] if file else HUB_FILES.get(repo, ANY_FILE)
     try:
-        folder = huggingface_hub.snapshot_download(repo, repo_type="dataset",
-            allow_patterns=patterns)
+        folder = huggingface_hub.snapshot_download(
+            repo, repo_type="dataset", allow_patterns=patterns)
         files = []
         for pattern in patterns:
             files.extend(Path(folder).rglob(pattern))
@@ -192,7 +192,10 @@ def _what_is_wrong_with(in_repo, repo):
 
 
 def _records(path):
-    """Yield (place, record) of a CSV file with a header, a JSON list or JSON lines."""
+    """Yield (place, record) of a CSV file with a header, a JSON list or JSON lines.
+
+    A place is "FILE:LINE" or "FILE: record NUMBER".
+    """
     content = Path(path).read_bytes()
     if str(path).endswith(".csv"):
         records = _csv_rows(path, content)
@@ -207,24 +210,26 @@ def _records(path):
 
 
 def _csv_rows(path, content):
-    """The rows of a CSV file as dicts; cells without a name in the header are its "surplus"."""
+    """The rows of a CSV file as dicts. ValueError where one has more cells than the header."""
     try:
         text = content.decode("utf-8-sig")
         if "\0" in text:  # newer versions of Python read it
             raise csv.Error("it contains NUL")
         file = io.StringIO(text, newline="")
-        return list(csv.DictReader(file, restkey="surplus", strict=True))
+        rows = list(csv.DictReader(file, restkey="surplus", strict=True))
     except (UnicodeError, csv.Error) as error:
         raise ValueError(f"{path}: not CSV: {error}") from None
+    for number, row in enumerate(rows, 1):
+        place = f"{path}: record {number}"
+        _expect("surplus" not in row, place, row, "surplus", "a cell for each name in the header")
+    return rows
 
 
 def _lower_case_keys(place, record):
     """The record with its keys in lower case."""
     if not isinstance(record, dict):
         raise ValueError(f"{place}: found {type(record).__name__}, expected a JSON object")
-    record = {key.lower(): value for key, value in record.items()}
-    _expect("surplus" not in record, place, record, "surplus", "a cell for each name in the header")
-    return record
+    return {key.lower(): value for key, value in record.items()}
 
 
 def _is_after_training(place, record):

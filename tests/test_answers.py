@@ -196,6 +196,8 @@ CONCLUSIONS = [
     ("The correct answer is choice D.", "D"),
     ("The answer to the question is C.", "C"),
     ("The answer should be B.", "B"),
+    ("Since A is wrong the answer is B.", "B"),
+    ("D is too large. Since the energy is not conserved, the answer is C.", "C"),
     ("I think the answer is B.", "B"),
     ("If v = 3 m/s and t = 2 s, the answer is C.", "C"),
     ("The answer is not obvious, but the answer is B.", "B"),
