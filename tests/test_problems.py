@@ -11,11 +11,11 @@ from plumbing.problems import Problem, instruction, read_problems, read_sources,
 
 
 def test_read_problems_from_lines_and_lists(tmp_path):
-    records = [{"problem": "1+1?", "answer": 2, "year": 1983}, {"id": "q", "question": "2+2?",
-    "answer": " 4 "},
+    records = [{"problem": "1+1?", "answer": 2, "year": 1983},
+               {"id": "q", "question": "2+2?", "answer": " 4 "},
                {"problem_idx": 9, "question": "Which?", "answer": "B", "options": ["x", "y"]},
-               {"id": 7, "problem": "Which?", "answer": "F", "options": dict(zip("ABCDEF",
-               "uvwxyz"))}]
+               {"id": 7, "problem": "Which?", "answer": "F",
+                "options": dict(zip("ABCDEF", "uvwxyz"))}]
     lines, listed = tmp_path / "p.jsonl", tmp_path / "p.json"
     lines.write_text("\n\n".join(map(json.dumps, records)), encoding="utf-8-sig")
     listed.write_text(json.dumps(records, indent=1))
