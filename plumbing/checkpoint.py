@@ -1,11 +1,12 @@
-"""A base model's folder: config.json, generation_config.json and safetensors, as the Hub's uploads hold them.
+"""A base model's folder as the Hub holds it: config.json, generation_config.json, safetensors.
 
     folder = find_folder("directory or Hub id")
     config = read_config(folder)
     tensors = read_weights(folder, config, shapes, device="cuda", dtype=torch.bfloat16)
 
-Everything is read strictly. What would change a hidden state and is not computed here is refused by name; what is known
-to change none is let through. The models are those of the paper's section 5: Qwen2, Qwen3 and GPT-OSS.
+Everything is read strictly. What would change a hidden state and is not computed here is refused by
+name; what is known to change none is let through. The models are those of the paper's section 5:
+Qwen2, Qwen3 and GPT-OSS.
 """
 import dataclasses
 import hashlib
@@ -70,7 +71,7 @@ LARGEST = 2 ** 31  # of an integer in a config.json
 
 @dataclasses.dataclass
 class Config:
-    """What the decoder needs of config.json, in the spelling of transformers 4 or 5. Lengths are in tokens."""
+    """What the decoder needs of config.json. Lengths are in tokens."""
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -97,7 +98,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw, source="config.json", apply_attn_factor=False):
-        """Config from the content of a config.json. Raises ValueError naming the key it cannot honour."""
+        """Config from the content of a config.json, in the spelling of transformers 4 or 5.
+        Raises ValueError naming the key that it cannot honour."""
         keys = Keys(raw, source)
         kind = raw.get("model_type")
         keys.require("model_type", kind in KINDS, " or ".join(KINDS))
@@ -162,7 +164,8 @@ def shorten(value):
 
 
 class Keys:
-    """The keys of a JSON object, read one at a time: a ValueError names the file, the key and what was found."""
+    """The keys of a JSON object, read one at a time.
+    A ValueError names the file, the key, what was found and what was expected."""
 
     def __init__(self, raw, source):
         self.raw = raw
@@ -177,7 +180,7 @@ class Keys:
             self.refuse(key, expected)
 
     def read(self, key, kinds, expected, default=None):
-        """The value of a key, of one of the types `kinds`; null and an absent key give the default."""
+        """The value of a key, of one of the types `kinds`; null or absent, the default."""
         value = self.raw.get(key)
         if value is None:
             value = default
@@ -294,8 +297,9 @@ def read_rope(keys, context):
 
 
 def fingerprint(config):
-    """Sixteen digits of every config field that shapes hidden states: what a STOP module is trained for.
-    A field at its default stays out, so that one added later changes no digest; 10000 and 1e4 are the same."""
+    """Sixteen digits of every field that shapes hidden states: what a STOP module is trained for.
+    A field at its default stays out, so that one added later changes no digest; 10000 and 1e4 are
+    the same."""
     blind = ("eos_ids", "quantized", "max_position_embeddings", "reward")
     fields = {}
     for field in dataclasses.fields(config):
@@ -305,7 +309,8 @@ def fingerprint(config):
 
     rope = {}
     for key, value in config.rope.items():
-        if key == "rope_theta" or config.rope["rope_type"] != "default":  # the other keys are YaRN's
+        is_yarn = config.rope["rope_type"] != "default"
+        if key == "rope_theta" or is_yarn:  # the other keys are YaRN's
             rope[key] = float(value) if type(value) is int else value
     fields["rope"] = rope
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -315,10 +320,13 @@ def fingerprint(config):
 
 
 def find_folder(path):
-    """The local directory of a checkpoint: `path` itself, or a Hub id's files (fetched, or cached when offline).
-    Of a Hub repository the top level alone is taken: its subfolders hold other formats and training states."""
+    """The local directory of a checkpoint: `path` itself, or a Hub id's files.
+    These are fetched, or taken from the cache when offline; of a repository the top level alone,
+    since its subfolders hold other formats and training states."""
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).exists():
+        raise ValueError(f"{path}: found a file, expected a checkpoint's directory or a Hub id")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         raise ValueError(f"{path}: no such directory, and not a Hub id (owner/name)")
     try:
@@ -367,6 +375,7 @@ PACKED = ("_blocks", "_scales")  # MXFP4's endings, bytes both
 # A byte of MXFP4 holds two codes of four bits, the low half first.
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 BYTES = [[CODES[byte % 16], CODES[byte // 16]] for byte in range(256)]
+POWERS = [2.0 ** (byte - 127) for byte in range(256)]
 
 
 @dataclasses.dataclass
@@ -378,10 +387,11 @@ class StoredTensor:
 
 
 def read_weights(folder, config, shapes, device, dtype):
-    """{name: tensor on `device` in `dtype`} for every name in `shapes`, {name: shape} of the finished model.
-    Strict both ways: a missing, unexpected or wrongly shaped tensor is a ValueError that names it, its file and both
-    shapes, before any is read; one that holds NaN or infinity likewise. A tied lm_head.weight is not in `shapes`; on
-    disk it may be absent, or equal to the embeddings. Host memory stays below the finished model plus one shard."""
+    """{name: tensor on `device` in `dtype`} for every name in `shapes`: {name: shape} of the model.
+    Strict both ways: a missing, unexpected or wrongly shaped tensor is a ValueError that names it,
+    its file and both shapes, before any is read; so is NaN or infinity in one that was read.
+    A tied lm_head.weight is not in `shapes`; on disk it may be absent, or equal to the embeddings.
+    Host memory stays below the finished model plus one shard."""
     packed = [name for name in shapes if config.quantized and is_packed(name)]
     stored = list_tensors(folder)
     expected = shapes_on_disk(shapes, packed)
@@ -410,7 +420,7 @@ def is_packed(name):
 
 
 def shapes_on_disk(shapes, packed):
-    """`shapes`, with blocks of 32 inputs and their scales (outputs first) in place of the packed parameters."""
+    """`shapes`, with blocks of 32 inputs and their scales for the packed parameters."""
     expected = {name: tuple(shape) for name, shape in shapes.items() if name not in packed}
     for name in packed:
         experts, inner, out = shapes[name]
@@ -438,7 +448,7 @@ def list_shards(folder):
 
 
 def list_tensors(folder):
-    """{tensor name: StoredTensor} of a single or sharded checkpoint, from the files' headers alone."""
+    """{tensor name: StoredTensor} of a checkpoint, from its files' headers alone."""
     stored = {}
     for file in list_shards(folder):
         try:
@@ -454,20 +464,20 @@ def list_tensors(folder):
 
 
 def take_unused_head(stored, config):
-    """Take a tied model's or a reward model's lm_head.weight out of `stored`: no parameter is made of it."""
+    """Take out of `stored` the lm_head.weight that a tied or a reward model makes no use of."""
     if config.tie_word_embeddings or config.reward:
         return stored.pop("lm_head.weight", None)
     return None
 
 
 def check_stored(folder, stored, expected, config):
-    """Raise ValueError unless the files hold exactly the tensors expected, in their shapes and in a known dtype."""
+    """Raise ValueError unless the files hold just the tensors expected, in shape and dtype."""
     for name in sorted(expected.keys() - stored.keys()):
         shape = list(expected[name])
         raise ValueError(f"{folder}: missing tensor {name}, expected with shape {shape}")
     for name in sorted(stored.keys() - expected.keys()):
-        kind = config.model_type
-        raise ValueError(f"{stored[name].file}: unexpected tensor {name}: a {kind} of this config has none")
+        reason = f"a {config.model_type} of this config has none"
+        raise ValueError(f"{stored[name].file}: unexpected tensor {name}: {reason}")
     for name, found in stored.items():
         dtypes = ("U8",) if name.endswith(PACKED) else FLOATS
         if found.shape != expected[name] or found.dtype not in dtypes:
@@ -485,7 +495,8 @@ def names_by_file(stored):
 
 
 def is_finite(tensor):
-    """Whether no element is NaN or infinite, in one pass and without a temporary of the tensor's size."""
+    """Whether no element is NaN or infinite, in one pass and without a temporary of the tensor's
+    size."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)  # NaN, if any, is both
@@ -506,7 +517,8 @@ def convert(tensor, dtype, file, name):
 
 
 def unpack_complete(parts, tensors, name, file, dtype):
-    """Once `parts` holds both blocks and scales of a parameter, put it into `tensors` and let them go."""
+    """Once `parts` holds both blocks and scales of a parameter, put it into `tensors` and let them
+    go."""
     if name + "_blocks" in parts and name + "_scales" in parts:
         blocks = parts.pop(name + "_blocks")
         scales = parts.pop(name + "_scales")
@@ -524,18 +536,19 @@ def check_tied_head(head, embeddings):
 
 
 def dequantize_mxfp4(blocks, scales, dtype=torch.bfloat16):
-    """MXFP4 weights: blocks (E, out, groups, 16) and scales (E, out, groups) uint8 -> (E, groups * 32, out).
-    A byte holds two codes, the low half first; 32 codes share the scale 2 ** (byte - 127). On the inputs' device,
-    one expert at a time. Tables, since a GPU's power of two need not be exact."""
+    """MXFP4 weights: blocks (E, out, groups, 16), scales (E, out, groups) -> (E, groups * 32, out).
+    Both are uint8. A byte of blocks holds two codes, the low half first; 32 codes share the scale
+    2 ** (byte - 127). On the inputs' device, one expert at a time. Code and scale are looked up: a
+    GPU's power of two need not be exact."""
     experts, rows, groups, _ = blocks.shape
-    codes = torch.tensor(BYTES, device=blocks.device)
-    exponents = torch.arange(256, device="cpu") - 127
-    powers = torch.ldexp(torch.ones(256, device="cpu"), exponents).to(blocks.device)
+    codes = torch.tensor(BYTES, dtype=torch.bfloat16, device=blocks.device)
+    powers = torch.tensor(POWERS, dtype=torch.float64, device="cpu")
+    powers = powers.to(torch.bfloat16).to(blocks.device)
     weights = torch.empty(experts, groups * 32, rows, dtype=dtype, device=blocks.device)
     for expert in range(experts):
-        values = codes[blocks[expert].int()].flatten(-2)             # (out, groups, 32)
+        values = codes.index_select(0, blocks[expert].flatten().int()).view(rows, groups, 32)
         values *= powers[scales[expert].int()][..., None]
-        weights[expert] = values.view(rows, -1).T.to(torch.bfloat16)  # as transformers rounds
+        weights[expert] = values.view(rows, groups * 32).T
     return weights
 
 
@@ -548,7 +561,8 @@ def parameter_bytes(shapes, dtype):
 
 
 def read_tensors(file, *names):
-    """{name: tensor} of a .safetensors, .bin or .pth file: these names, or all. ValueError naming the file."""
+    """{name: tensor} of a .safetensors, .bin or .pth file: these names, or all. ValueError naming
+    the file."""
     try:
         if file.suffix == ".safetensors":
             found = load_file(file)
@@ -562,7 +576,8 @@ def read_tensors(file, *names):
 
 
 def tensors_digest(tensors):
-    """SHA-256, in hexadecimal, of {name: tensor}: every name, dtype, shape and byte, on any device."""
+    """SHA-256, in hexadecimal, of {name: tensor}: every name, dtype, shape and byte, on any
+    device."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

@@ -1,9 +1,9 @@
-"""A STOP module's folder: ours (stop.safetensors and stop.json), and the one the authors' released code writes.
+"""A STOP module's folder: ours (stop.safetensors, stop.json), and that of the authors' release.
 
-Ours repeats what describes the module (m, rank, alpha, targets, head, shared, the base model's fingerprint) in the
-metadata of stop.safetensors, so that the two files cannot be exchanged unnoticed, and stop.json holds a digest of the
-tensors' bytes. The release (README of github.com/bijiaxihh/STOP) is a PEFT adapter, one token shared by all m, and a
-head of two logits.
+Ours repeats what describes the module (m, rank, alpha, targets, head, shared, the base model's
+fingerprint) in the metadata of stop.safetensors, so that the two files cannot be exchanged
+unnoticed, and stop.json holds a digest of the tensors' bytes. The release (README of
+github.com/bijiaxihh/STOP) is a PEFT adapter, one token shared by all m, and a head of two logits.
 """
 import dataclasses
 import json
@@ -27,8 +27,8 @@ PEFT_CHANGES = (
 @dataclasses.dataclass
 class SavedStop:
     """What a STOP's folder holds, read and checked, but not yet matched with a model."""
-    settings: dict           # the keyword arguments of a Stop: m, rank, alpha, targets, head, shared, dropout
-    tensors: dict            # {name: tensor}: tokens, head.weight, head.bias, and LoRA's pairs by checkpoint names
+    settings: dict           # of a Stop: m, rank, alpha, targets, head, shared, dropout
+    tensors: dict            # {name: tensor}: tokens, head.weight, head.bias, LoRA's pairs
     sources: dict            # {name: the file it was read from}
     base_fingerprint: str | None   # of the model it was trained for; None: the release does not say
     trained: dict            # settings and metrics of its training
@@ -36,7 +36,8 @@ class SavedStop:
 
 
 def read_stop(folder):
-    """The SavedStop in a folder, in our layout or the authors'. ValueError where a file is missing, broken or changed."""
+    """The SavedStop in a folder, in our layout or the authors'.
+    Raises ValueError where a file is missing, broken or changed."""
     folder = Path(folder)
     if (folder / "adapter").is_dir():
         return read_release(folder)
@@ -108,7 +109,7 @@ def read_dropout(keys, key):
 
 
 def check_agreement(about, described, json_file):
-    """Raise ValueError unless stop.json describes the module that the metadata of stop.safetensors describe."""
+    """Raise ValueError unless stop.json and the metadata of stop.safetensors say the same."""
     keys = Keys(about, json_file)
     for key in DESCRIPTION:
         same = json.dumps(about.get(key)) == json.dumps(described[key])
@@ -138,9 +139,10 @@ def check_numbers(tensors, sources):
 
 
 def read_release(folder):
-    """The SavedStop in the authors' layout: adapter/classifier/, classifier_head.pth, assess_token_*."""
+    """The SavedStop in the authors' layout: adapter/, classifier_head.pth, assess_token_*."""
     classifier = folder / "adapter" / "classifier"
-    adapter = Keys(read_json(classifier / "adapter_config.json"), classifier / "adapter_config.json")
+    adapter_file = classifier / "adapter_config.json"
+    adapter = Keys(read_json(adapter_file), adapter_file)
     count_file = folder / "assess_token_config.json"
     count = Keys(read_json(count_file), count_file)
     for key in PEFT_CHANGES:
@@ -158,10 +160,14 @@ def read_release(folder):
     head = read_tensors(head_file, "weight", "bias")
     token = read_tensors(token_file, "input_embedding")["input_embedding"]
 
-    own = {"head.weight": head["weight"], "head.bias": head["bias"], "tokens": token[None]}
+    tensors = dict(pairs)
+    tensors["tokens"] = token[None]
+    tensors["head.weight"] = head["weight"]
+    tensors["head.bias"] = head["bias"]
     sources = dict.fromkeys(pairs, file)
-    sources |= {"head.weight": head_file, "head.bias": head_file, "tokens": token_file}
-    tensors = pairs | own
+    sources["tokens"] = token_file
+    sources["head.weight"] = head_file
+    sources["head.bias"] = head_file
     check_numbers(tensors, sources)
     return SavedStop(
         settings={
@@ -180,14 +186,14 @@ def read_release(folder):
 
 
 def adapted_linears(pairs):
-    """The last names of the linears that have LoRA weights: model.layers.0.self_attn.q_proj.lora_A.weight -> q_proj."""
+    """Last names of the linears with LoRA weights: layers.0.self_attn.q_proj.lora_A -> q_proj."""
     linears = {name.partition(".lora_")[0] for name in pairs if ".lora_" in name}
     return sorted({linear.rpartition(".")[2] for linear in linears})
 
 
 def write_stop(folder, about, tensors, trained):
     """Write stop.safetensors and stop.json, each whole or not at all.
-    about: the description (DESCRIPTION's keys); tensors: {name: tensor}; trained: settings and metrics."""
+    about: the description (DESCRIPTION's keys); trained: its training's settings and metrics."""
     folder = Path(folder)
     stored = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     content = save(stored, {"stop": json.dumps(about)})
@@ -198,7 +204,7 @@ def write_stop(folder, about, tensors, trained):
 
 
 def match(saved, expected_shapes):
-    """Raise ValueError unless a SavedStop's tensors have exactly the shapes {name: shape} expected of them."""
+    """Raise ValueError unless a SavedStop's tensors have exactly these shapes, {name: shape}."""
     for name in sorted(expected_shapes.keys() | saved.tensors.keys()):
         found = list(saved.tensors[name].shape) if name in saved.tensors else "none"
         expected = list(expected_shapes[name]) if name in expected_shapes else "none"

@@ -3,11 +3,11 @@
     tokenizer = Tokenizer("directory or Hub id")
     ids = tokenizer.prompt("What is 1 + 1?")
 
-A chat template is a program in Jinja, which is not run here: of the four formats below the frame is known, and what a
-template adds to it (a default system message, an opened <think>) is read from the template's text. A template that
-does something else is refused by name. The prompts of DeepSeek-R1-Distill, R1-0528-Qwen3-8B, Qwen2, Qwen2.5 (also
-Math), Qwen3, QwQ and gpt-oss are those that transformers renders; of gpt-oss with a pinned date, where the template
-takes today's.
+A chat template is a program in Jinja, which is not run here: of the four formats below the frame is
+known, and what a template adds to it (a default system message, an opened <think>) is read from the
+template's text. A template that does something else is refused by name. The prompts of
+DeepSeek-R1-Distill, R1-0528-Qwen3-8B, Qwen2, Qwen2.5 (also Math), Qwen3, QwQ and gpt-oss are those
+that transformers renders; of gpt-oss with a pinned date, where the template takes today's.
 """
 import dataclasses
 import re
@@ -22,13 +22,14 @@ BOS = "<｜begin▁of▁sentence｜>"
 THINK = "<think>\n"
 EFFORTS = ("low", "medium", "high")
 
-HARMONY_SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
+HARMONY_SYSTEM = """\
+You are ChatGPT, a large language model trained by OpenAI.
 Knowledge cutoff: 2024-06
 Current date: 2025-08-05
 
 Reasoning: {effort}
 
-# Valid channels: analysis, commentary, final. Channel must be included for every message.{system}"""
+# Valid channels: analysis, commentary, final. Channel must be included for every message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Format:
 FORMATS = {  # the first that fits is taken
     "harmony": Format(
         marks=("<|start|>", "<|channel|>", "<|message|>"),
-        frame=f"<|start|>system<|message|>{HARMONY_SYSTEM}<|end|>"
+        frame="<|start|>system<|message|>" + HARMONY_SYSTEM + "{system}<|end|>"
               "<|start|>user<|message|>{text}<|end|><|start|>assistant"),
     "r1": Format(
         marks=("<｜User｜>", "<｜Assistant｜>"),
@@ -62,9 +63,10 @@ FORMATS = {  # the first that fits is taken
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint (directory or Hub id) and its chat format, told from its special tokens and its
-    chat template: r1 = DeepSeek-R1-Distill, chatml = Qwen, harmony = gpt-oss, raw = none. ValueError, in one line, on a
-    missing or broken file, a format whose special tokens are missing, or a template that is not reproduced here."""
+    """The tokenizer of a checkpoint (directory or Hub id) and its chat format.
+    The format is told from the special tokens and the chat template: r1 = DeepSeek-R1-Distill,
+    chatml = Qwen, harmony = gpt-oss, raw = none. Raises ValueError, in one line, on a missing or
+    broken file, a format without its special tokens, or a template that is not reproduced here."""
 
     def __init__(self, path, chat_format=None):
         folder = find_folder(path)
@@ -107,7 +109,8 @@ class Tokenizer:
             self.library.decode, ids, skip_special_tokens=skip_special_tokens)
 
     def prompt(self, text, effort="medium"):
-        """Token ids of a user's message in the chat format, up to where the model goes on. effort: of harmony."""
+        """Token ids of a user's message in the chat format, up to where the model goes on.
+        effort: how long gpt-oss should reason (low, medium, high); the others ignore it."""
         if effort not in EFFORTS:
             raise ValueError(f"effort: found {shorten(effort)}, expected {' or '.join(EFFORTS)}")
         whole = self.frame.frame.format(
@@ -115,17 +118,18 @@ class Tokenizer:
         return self.encode(whole)
 
     def ask(self, problem):
-        """Token ids that put a Problem to the model: with the paper's instruction, or as it is to a raw model."""
+        """Token ids that put a Problem to the model.
+        It comes with the paper's instruction, and as it is where the chat format is raw."""
         if self.format == "raw":
             return self.prompt(problem.problem)
         return self.prompt(instruction(problem))
 
     def completion(self, ids):
-        """A path's text as a grader reads it: with the <think> that the prompt has opened, special tokens left in."""
+        """A path's text as a grader reads it: with special tokens, and the prompt's <think>."""
         return self.opening + self.decode(ids)
 
     def stream(self):
-        """A function that takes one token id and returns the text it completes, "" inside a character."""
+        """A function from one token id to the text that it completes: "" inside a character."""
         state = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
 
         def step(token):
@@ -135,7 +139,8 @@ class Tokenizer:
 
 
 def call_library(what, function, *inputs, **settings):
-    """The library's answer. Its errors are plain Exceptions, its panics BaseExceptions: each becomes a ValueError."""
+    """The library's answer, or a ValueError that begins with `what`.
+    Its errors are plain Exceptions, and its panics (Rust's) BaseExceptions."""
     try:
         return function(*inputs, **settings)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -154,7 +159,7 @@ def read_library(file):
 
 
 def choose_format(fits, template):
-    """The first format whose special tokens are there and, if there is a template, that it is written in."""
+    """The first format that the special tokens allow and the template, if any, is written in."""
     if template is None:
         return fits[0]
     for name in fits:
@@ -175,7 +180,8 @@ TAG = re.compile(
 ONE_LITERAL = re.compile(rf"\s*({LITERAL})\s*", re.DOTALL)
 ANY_LITERAL = re.compile(LITERAL, re.DOTALL)
 
-CONDITIONS = {  # that may stand behind the mark of the model's turn: what they are where nothing is set
+# Conditions that may stand behind the mark of the model's turn, and what they are by default.
+CONDITIONS = {
     "if enable_thinking is false": False,
     "if enable_thinking is defined and enable_thinking is false": False,
     "if enable_thinking is defined and not enable_thinking": False,
@@ -196,7 +202,8 @@ HARMONY_TOOLS = "Calls to these tools must go to the commentary channel: 'functi
 
 
 def read_template(folder, config):
-    """The ChatTemplate of a folder, or None. A file of its own comes before tokenizer_config.json, as in transformers."""
+    """The ChatTemplate of a folder, or None.
+    As in transformers, a file of its own comes before tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -217,7 +224,7 @@ def read_template(folder, config):
 
 
 def named_default(templates):
-    """Of [{"name", "template"}, ...] the template named default; the list itself if there is none."""
+    """Of [{"name", "template"}, ...] the one named default, or the list if there is none."""
     for entry in templates:
         if isinstance(entry, dict) and entry.get("name") == "default":
             return entry.get("template")
@@ -236,7 +243,7 @@ def begins_with(shown, text):
 
 
 class ChatTemplate:
-    """The text of a chat template, and what can be read from it for a prompt of one user message."""
+    """The text of a chat template, and what it says about a prompt of one user message."""
 
     def __init__(self, text, file):
         self.text = text
@@ -257,8 +264,8 @@ class ChatTemplate:
         return [tag for tag in self.tags if tag["shown"] is not None]
 
     def read_harmony(self):
-        """What ends the system message: the first snapshots of gpt-oss speak of tools where there are none.
-        Another system message than gpt-oss's is refused."""
+        """What ends the system message: the first snapshots of gpt-oss speak of tools regardless.
+        A system message that is not gpt-oss's is refused."""
         for line in HARMONY_LINES:
             if line not in self.text:
                 self.refuse(f"gpt-oss's line {shorten(line)} is missing")
@@ -270,7 +277,7 @@ class ChatTemplate:
         return ""
 
     def read_bos(self, config, frame):
-        """What stands for bos_token, if the template shows it: the tokenizer's, "" where that is null."""
+        """What the template shows as bos_token: the tokenizer's, "" where that is null."""
         shows_bos = any("bos_token" in tag["shown"] for tag in self.shown())
         if not shows_bos or "bos_token" not in config:
             return frame.bos
@@ -281,8 +288,8 @@ class ChatTemplate:
             raise ValueError(f"{self.file}: bos_token: found {shorten(token)}, expected a text")
         return token or ""
 
-    def read_system(self, frame):
-        """The system message, marks included, that stands where the user gives none; "" if there is none."""
+    def check_messages(self):
+        """Refuse what would change a message, or put one into a variable."""
         for literal in SYSTEM_VARIABLE.findall(self.text):
             text = unquote(literal)
             if text:
@@ -290,6 +297,9 @@ class ChatTemplate:
         if TRIMMED.search(self.text):
             self.refuse("it trims messages")
 
+    def read_system(self, frame):
+        """The system message, marks included, where the user gives none; "" without one."""
+        self.check_messages()
         if not frame.system:
             return ""
         found = set()
@@ -304,7 +314,8 @@ class ChatTemplate:
         return found.pop() if found else ""
 
     def read_default(self, shown, done, frame):
-        """The system message that a {{ }} tag shows to a user who gives none; done: the {% %} tag before it."""
+        """The system message that a {{ }} tag shows where the user gives none.
+        done: what stands in the {% %} tag before it."""
         literal = ONE_LITERAL.fullmatch(shown)
         if literal is None:
             if "message" not in shown:  # not that of the user

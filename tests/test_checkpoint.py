@@ -1,4 +1,5 @@
-"""plumbing/checkpoint.py and plumbing/stop_files.py: what a config.json means, and files that are whole, broken or odd."""
+"""plumbing/checkpoint.py and plumbing/stop_files.py: what a config.json means, and files that are
+whole, broken or odd."""
 import json
 import math
 import shutil
@@ -277,7 +278,8 @@ def test_mxfp4_needs_blocks_of_32():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_spellings_of_a_config(name):
-    """transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype): the same Config."""
+    """transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype): the
+    same Config."""
     folder = GOLDEN / "checkpoints" / name
     four = json.loads((folder / "config.json").read_text())
     five = json.loads((folder / "config.transformers5.json").read_text())
@@ -345,7 +347,8 @@ def test_the_fingerprint_sees(change):
     ("gpt_oss", {"swiglu_limit": 7}),
     ("qwen2", {"rope_scaling": {"rope_type": "default", "factor": 8.0}})))
 def test_the_fingerprint_does_not_see(kind, changes):
-    """Where generation ends, how much context is served, and 1e4 or 10000 change no hidden state."""
+    """Where generation ends, how much context is served, and 1e4 or 10000 change no hidden
+    state."""
     plain = Config.from_dict(raw_config(kind))
     assert fingerprint(plain) == fingerprint(Config.from_dict(raw_config(kind, **changes)))
 
@@ -423,8 +426,16 @@ def test_no_such_directory(where):
         find_folder(where)
 
 
+def test_a_file_is_no_directory(tmp_path, monkeypatch):
+    """Nor is "toy/model.safetensors" asked of the Hub."""
+    monkeypatch.chdir(write_checkpoint(tmp_path / "it", raw_config("qwen2")).parent)
+    with pytest.raises(ValueError, match="^it/model.safetensors: found a file, expected"):
+        find_folder("it/model.safetensors")
+
+
 def test_what_the_hub_does_not_give(monkeypatch):
-    """A Hub id that fails is the user's mistake or the network's: one line, not the library's traceback."""
+    """A Hub id that fails is the user's mistake or the network's: one line, not the library's
+    traceback."""
     def fail(*_, **__):
         raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find it.\nMore lines.\n")
 
@@ -512,7 +523,8 @@ TENSORS = {
 @pytest.mark.parametrize("shards", (1, 3))
 @pytest.mark.parametrize("what", TENSORS)
 def test_wrong_tensors(tmp_path, what, shards):
-    """The message names the tensor, its file (where it has one), what was found and what was expected."""
+    """The message names the tensor, its file (where it has one), what was found and what was
+    expected."""
     harm, message = TENSORS[what]
     raw = raw_config("qwen2")
     tensors = random_model("qwen2", **raw).state_dict()
@@ -545,7 +557,8 @@ def test_a_weight_that_is_no_number(tmp_path, value, dtype):
 
 
 def test_a_weight_that_overflows_in_float16(tmp_path):
-    """70,000 is a number in bfloat16 and none in float16: the message says that the dtype is the cause."""
+    """70,000 is a number in bfloat16 and none in float16: the message says that the dtype is the
+    cause."""
     raw = raw_config("qwen2")
     tensors = random_model("qwen2", **raw).bfloat16().state_dict()
     tensors[Q][3, 5] = -70000
@@ -556,7 +569,8 @@ def test_a_weight_that_overflows_in_float16(tmp_path):
 
 
 def test_a_tied_head_on_disk(tmp_path):
-    """The one tensor that may be absent or present: equal to the embeddings it is accepted, else refused."""
+    """The one tensor that may be absent or present: equal to the embeddings it is accepted, else
+    refused."""
     raw = raw_config("qwen2", tie_word_embeddings=True)
     state = random_model("qwen2", **raw).state_dict()
     state = {name: tensor.clone() for name, tensor in state.items()}
@@ -605,7 +619,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts otherwise")
 def test_host_memory_stays_below_the_model_and_one_shard(tmp_path):
-    """8 shards of 32 MiB: 256 MiB of model; the high-water mark may rise by 288 MiB and a little for the reader."""
+    """8 shards of 32 MiB: 256 MiB of model; the high-water mark may rise by 288 MiB and a little
+    for the reader."""
     (tmp_path / "config.json").write_text(json.dumps(raw_config("qwen2")))
     listed = {}
     for i in range(8):
@@ -622,7 +637,8 @@ def test_host_memory_stays_below_the_model_and_one_shard(tmp_path):
 
 
 def unpack_slowly(blocks, scales):
-    """MXFP4 by the letter, one nibble at a time: (E, out, groups, 16), (E, out, groups) -> (E, groups * 32, out)."""
+    """MXFP4 by the letter, one nibble at a time: (E, out, groups, 16), (E, out, groups) -> (E,
+    groups * 32, out)."""
     values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     E, rows, groups, _ = blocks.shape
     out = torch.zeros(E, groups * 32, rows)
@@ -712,7 +728,8 @@ def test_wrong_mxfp4_tensors(tmp_path, what):
 
 
 def test_the_digest_of_weights_sees_every_byte():
-    """A bit, a name, a shape and a dtype each change it; a copy does not, nor a view with other strides."""
+    """A bit, a name, a shape and a dtype each change it; a copy does not, nor a view with other
+    strides."""
     def layer(**changes):
         torch.manual_seed(0)
         module = torch.nn.Linear(3, 4, **changes)
@@ -851,7 +868,8 @@ def test_an_edited_stop_json(saved_folder, key, value):
 
 
 def test_files_that_disagree(tmp_path):
-    """stop.json belongs to its tensors: that of another rank is refused, whichever of the two was exchanged."""
+    """stop.json belongs to its tensors: that of another rank is refused, whichever of the two was
+    exchanged."""
     write_stop(tmp_path / "a", ABOUT, stop_tensors(), {})
     write_stop(tmp_path / "b", ABOUT | {"rank": 5}, stop_tensors(), {})
     for name in ("stop.json", "stop.safetensors"):
@@ -906,7 +924,8 @@ def test_a_stop_that_holds_no_number(tmp_path, name, value):
 
 
 def test_tensors_of_other_shapes(saved_folder):
-    """match names file, tensor and both shapes; a tensor too many or too few is one with shape none."""
+    """match names file, tensor and both shapes; a tensor too many or too few is one with shape
+    none."""
     saved = read_stop(saved_folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
     for changed, message in (
@@ -920,7 +939,8 @@ def test_tensors_of_other_shapes(saved_folder):
 
 @pytest.mark.parametrize("name", ("open", "fsync", "replace"))
 def test_a_disk_that_fills_up_anywhere(saved_folder, tmp_path, monkeypatch, name):
-    """At the first file, whichever call fails: the old checkpoint whole, no litter; a new one leaves none."""
+    """At the first file, whichever call fails: the old checkpoint whole, no litter; a new one
+    leaves none."""
     before = {file.name: file.read_bytes() for file in saved_folder.iterdir()}
 
     def full(*_, **__):
@@ -1019,7 +1039,8 @@ BROKEN = {  # what is done to which file
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_release(released, what):
-    """On the command line only ValueError and OSError are one line and exit status 2. The line names the file."""
+    """On the command line only ValueError and OSError are one line and exit status 2. The line
+    names the file."""
     name, harm = BROKEN[what]
     harm(released / name)
     with pytest.raises(ValueError) as caught:

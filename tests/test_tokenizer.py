@@ -1,8 +1,8 @@
-"""plumbing/tokenizer.py: texts and tokens, chat formats, and the prompts of published chat templates.
+"""plumbing/tokenizer.py: texts and tokens, chat formats, and the prompts of published chat
+templates.
 
-The templates are abridged from the published ones (tools, earlier assistant turns), in their own spelling. The oracle is
-Jinja, set up as transformers sets it up.
-"""
+The templates are abridged from the published ones (tools, earlier assistant turns), in their own
+spelling. The oracle is Jinja, set up as transformers sets it up. """
 import datetime
 import json
 
@@ -19,7 +19,8 @@ ASSISTANT = "<\uff5cAssistant\uff5c>"
 R1 = (BOS, USER, ASSISTANT, EOS, "<think>", "</think>")
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 HARMONY = (
-    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>")
+    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>",
+    "<|message|>")
 TEXT = "Café 数学: what is\n1 + 1? {x} 🙂"
 SYSTEM = """You are ChatGPT, a large language model trained by OpenAI.
 Knowledge cutoff: 2024-06
@@ -44,7 +45,8 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_chat_formats(tmp_path, name):
-    """Told apart by the special tokens; the prompt is this text, and its marks are single tokens."""
+    """Told apart by the special tokens; the prompt is this text, and its marks are single
+    tokens."""
     special, text = EXPECTED[name]
     tokenizer = Tokenizer(write_tokenizer(tmp_path, special))
     assert tokenizer.format == name
@@ -61,7 +63,8 @@ def test_chat_formats(tmp_path, name):
 
 
 def test_a_format_may_be_given(tmp_path):
-    """R1-0528-Qwen3 has both marks, and is R1; anything else is on request, if its tokens are there."""
+    """R1-0528-Qwen3 has both marks, and is R1; anything else is on request, if its tokens are
+    there."""
     both = write_tokenizer(tmp_path, R1 + CHATML[1:3])
     assert Tokenizer(both).format == "r1"
     for name in ("chatml", "raw"):
@@ -82,7 +85,8 @@ def test_harmony_effort(tmp_path):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_stream_is_decode_in_pieces(tmp_path, name):
-    """Multi-byte characters come whole, when their last byte has come; nothing is lost or doubled."""
+    """Multi-byte characters come whole, when their last byte has come; nothing is lost or
+    doubled."""
     tokenizer = Tokenizer(write_tokenizer(tmp_path, EXPECTED[name][0]))
     ids = tokenizer.prompt(TEXT) + tokenizer.encode("naïve 🙂🙂 x")
     step = tokenizer.stream()
@@ -424,7 +428,8 @@ def test_a_template_says_which_format(tmp_path):
     ("{{ '" + ASSISTANT + "' }}", "")))
 @pytest.mark.parametrize("where", ("tokenizer_config.json", "chat_template.jinja"))
 def test_who_opens_the_thinking(tmp_path, template, opening, where):
-    """R1-Distill's template opens it for the model; a checkpoint whose template does not is believed."""
+    """R1-Distill's template opens it for the model; a checkpoint whose template does not is
+    believed."""
     folder = write_tokenizer(tmp_path, R1, template if where == "tokenizer_config.json" else None)
     if where == "chat_template.jinja" and template:
         (folder / where).write_text(template)
