@@ -154,12 +154,12 @@ def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
     lengths = np.array([list(map(len, record["paths"])) for record in records])
     kept = np.array([select(line, keep) for line in scores])  # (problems, keep)
     hits = np.take_along_axis(right, kept, axis=1)
-    values = {  # one a problem
+    values = {  # (problems,) each
         "avg": hits.mean(1),
         "gain": hits.mean(1) - right.mean(1),
         "pass": hits.max(1),
-        "cons": vote_accuracy(problems, records, kept, np.ones_like(scores)),
     }
+    values["cons"] = vote_accuracy(problems, records, kept, np.ones_like(scores))
     if (scores >= 0).all():
         values["weighted"] = vote_accuracy(problems, records, kept, scores)
     row = {key: interval(value) for key, value in values.items()}

@@ -252,7 +252,7 @@ def test_gain_is_over_the_problems_own_average():
 def test_a_score_that_is_not_a_number_is_refused_by_its_scorers_name(name):
     """It would be sorted somewhere, and the paths kept would be another scorer's merit."""
     problems, records, scorers = hand_made()
-    scorers[name][5] = math.nan
+    scorers[name][6] = math.nan
     with pytest.raises(ValueError) as caught:
         evaluate(problems, records, scorers, 5, 2)
     assert str(caught.value) == f"{name}: found nan, expected a score for each path of b"
@@ -586,8 +586,10 @@ def test_a_wrong_setting_is_refused_before_the_model_is_read(call, monkeypatch, 
 
 
 def test_two_processes_print_one_table_with_the_same_numbers(checkpoint, tmp_path):
-    """Three problems on two processes, so the shares differ; a judge, and --verify."""
-    write_judge(checkpoint)
+    """Three problems on two processes, so the shares differ; a judge that reads the questions, and
+    --verify."""
+    marks = ("<extra_0>", "<|im_start|>", "<|im_end|>")
+    write_judge(checkpoint, marks, vocab_size=260)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     rows, printed = [], []
     for name, launcher in (("alone", []), ("together", torchrun)):
@@ -606,3 +608,5 @@ def test_two_processes_print_one_table_with_the_same_numbers(checkpoint, tmp_pat
         other = rows[1][name]
         assert row["kept"] == other["kept"] and row["per_problem"] == other["per_problem"], name
         assert row["auroc"] == other["auroc"] and row["saved"] == other["saved"], name
+    calibration = [each[JUDGE]["calibration"] for each in rows]
+    assert calibration[0] == pytest.approx(calibration[1], abs=1e-6)
