@@ -207,7 +207,7 @@ def read_template(folder, config):
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return ChatTemplate(file.read_bytes().decode("utf-8"), file)
+            return ChatTemplate(file.read_text(encoding="utf-8"), file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: not a text: {error}") from None
 

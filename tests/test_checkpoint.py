@@ -38,6 +38,10 @@ def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def without_keys(raw, *keys):
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
 # ----------------------------------------------------------------------------------- the config
 
 BASE_1_5B = {  # config.json of DeepSeek-R1-Distill-Qwen-1.5B
@@ -74,7 +78,8 @@ GPT_OSS_20B = {  # config.json of gpt-oss-20b
         "quant_method": "mxfp4"},
     "rms_norm_eps": 1e-05,
     "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
-                     "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False},
+                     "original_max_position_embeddings": 4096, "rope_type": "yarn",
+                     "truncate": False},
     "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
     "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
     "vocab_size": 201088}
@@ -87,7 +92,8 @@ PRM_7B = BASE_1_5B | {
     "auto_map": {"AutoConfig": "configuration_qwen2_rm.Qwen2RMConfig",
                  "AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel"},
     "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 4096,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "pad_token_id": 151643}
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    "pad_token_id": 151643}
 REAL = {
     "DeepSeek-R1-Distill-Qwen-1.5B": BASE_1_5B,
     "DeepSeek-R1-0528-Qwen3-8B": QWEN3_8B,
@@ -100,8 +106,7 @@ REAL = {
         "_name_or_path": "unsloth/deepseek-r1-distill-qwen-1.5b", "pad_token_id": 151654,
         "rope_scaling": None, "unsloth_fixed": True, "unsloth_version": "2025.3.9",
         "_attn_implementation_autoset": True, "head_dim": 128},
-    "a fine-tune saved by transformers 5": {
-        key: value for key, value in BASE_1_5B.items() if key not in ("rope_theta", "torch_dtype")} | {
+    "a fine-tune saved by transformers 5": without_keys(BASE_1_5B, "rope_theta", "torch_dtype") | {
         "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "sliding_window": None,
         "rope_parameters": {"rope_theta": 10000, "rope_type": "default"}, "use_mrope": False,
         "pad_token_id": -1},
@@ -162,7 +167,8 @@ def test_what_changes_results_is_refused_by_name(key):
 QUANTIZED = {  # as the Hub's uploads spell it
     "gptq": {"bits": 4, "checkpoint_format": "gptq", "desc_act": True, "group_size": 128,
              "quant_method": "gptq", "sym": True},
-    "awq": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True},
+    "awq": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm",
+            "zero_point": True},
     "fp8": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
             "weight_block_size": [128, 128]},
     "bitsandbytes": {"_load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "load_in_4bit": True,
@@ -175,7 +181,8 @@ QUANTIZED = {  # as the Hub's uploads spell it
 def test_a_quantised_upload_is_refused_for_that(kind, method):
     """Not for another key that its tool has left behind, and by the method's name."""
     raw = {"some_tools_key": 1} | raw_config(kind, quantization_config=QUANTIZED[method])
-    with pytest.raises(ValueError, match="^config.json: quantization_config: found .*not quantised"):
+    message = "^config.json: quantization_config: found .*not quantised"
+    with pytest.raises(ValueError, match=message):
         Config.from_dict(raw)
     mlx = {"some_tools_key": 1} | raw_config(kind, quantization={"group_size": 64, "bits": 4})
     with pytest.raises(ValueError, match="^config.json: quantization: found"):
@@ -214,7 +221,7 @@ CONFIGS = [  # architecture, changes, what the message must say
     ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type.*dynamic"),
     ("qwen2", {"rope_scaling": {"rope_type": "llama3"}}, "rope_type.*llama3"),
     ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope"),
-    ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type.*longrope"),
+    ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
     ("qwen2", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),
     ("qwen2", {"rope_scaling": YARN | {"mscale": 0.7}}, "mscale"),
     ("qwen2", {"rope_scaling": YARN | {"factor": 0}}, "factor"),
@@ -392,7 +399,8 @@ SINGLE = {  # what is done to a good checkpoint -> what the message must say
         lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 99), r"model\.safetensors"),
 }
 SHARDED = {
-    "a shard is missing": (lambda f: next(f.glob("*-00002-*")).unlink(), "00002-of-00003.safetensors"),
+    "a shard is missing": (
+        lambda f: next(f.glob("*-00002-*")).unlink(), "00002-of-00003.safetensors"),
     "a shard is cut": (lambda f: cut(next(f.glob("*-00002-*"))), "00002-of-00003.*not a whole"),
     "a shard outside": (
         lambda f: change_shard(f, "../elsewhere.safetensors"), "elsewhere.*outside"),
@@ -400,7 +408,8 @@ SHARDED = {
     "a shard that is the parent": (lambda f: change_shard(f, ".."), "outside"),
     "a shard that is a number": (lambda f: change_shard(f, 3), r"index\.json.*weight_map"),
     "no weight_map": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{}"), r"index\.json.*weight_map"),
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        r"index\.json.*weight_map"),
     "the index is not JSON": (
         lambda f: cut(f / "model.safetensors.index.json"), r"index\.json.*JSON"),
 }
@@ -420,7 +429,8 @@ def test_a_broken_directory(tmp_path, what):
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("where", ("none", "./none", "/none/at/all", "../none/../x", "a b/c", "hub-id"))
+@pytest.mark.parametrize("where", (
+    "none", "./none", "/none/at/all", "../none/../x", "a b/c", "hub-id"))
 def test_no_such_directory(where):
     with pytest.raises(ValueError, match="no such directory"):
         find_folder(where)
@@ -450,7 +460,8 @@ def test_of_a_hub_repository_the_top_level_is_taken(monkeypatch, tmp_path):
     wanted = {"config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
               "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja"}
     unwanted = {"checkpoint-500/model.safetensors", "adapter/adapter_config.json", "README.md",
-                "original/model.safetensors", "metal/model.bin", "original/config.json", "a/b/c.json"}
+                "original/model.safetensors", "metal/model.bin", "original/config.json",
+                "a/b/c.json"}
     asked = {}
 
     def download(repository, **settings):
@@ -564,7 +575,8 @@ def test_a_weight_that_overflows_in_float16(tmp_path):
     tensors[Q][3, 5] = -70000
     folder = write_checkpoint(tmp_path / "it", raw, tensors)
     assert read(folder, torch.bfloat16)[Q][3, 5] == -70144
-    with pytest.raises(ValueError, match=f"{Q}: found a value of 7.01e.04.*float16: take another dtype"):
+    message = f"{Q}: found a value of 7.01e.04, .*float16: take another dtype"
+    with pytest.raises(ValueError, match=message):
         read(folder, torch.float16)
 
 
@@ -591,7 +603,8 @@ def test_a_reward_models_unused_head(tmp_path):
     """Qwen2.5-Math-PRM-7B's files hold an lm_head.weight that its model has no use for."""
     raw = raw_config("qwen2", architectures=["Qwen2ForProcessRewardModel"])
     state = random_model("qwen2", **raw).state_dict()
-    found = read(write_checkpoint(tmp_path / "it", raw, state | {"lm_head.weight": torch.ones(61, 32)}))
+    unused = {"lm_head.weight": torch.ones(61, 32)}
+    found = read(write_checkpoint(tmp_path / "it", raw, state | unused))
     assert found.keys() == state.keys()
 
 
@@ -689,9 +702,8 @@ def test_an_mxfp4_checkpoint(tmp_path, dtype):
     raw, packed, dense = packed_pair()
     folder = write_checkpoint(tmp_path / "it", raw, packed, shards=2)
     listed = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    apart = [name for name in listed
-             if name.endswith("_blocks") and listed[name] != listed[name.replace("_blocks", "_scales")]]
-    assert apart
+    blocks = [name for name in listed if name.endswith("_blocks")]
+    assert any(listed[name] != listed[name.replace("_blocks", "_scales")] for name in blocks)
     found = read(folder, dtype)
     assert found.keys() == dense.keys()
     for name, tensor in dense.items():
@@ -743,7 +755,8 @@ def test_the_digest_of_weights_sees_every_byte():
     reshaped.weight = torch.nn.Parameter(reshaped.weight.view(3, 4))
     strided = layer()
     strided.weight = torch.nn.Parameter(strided.weight.T.contiguous().T)
-    others = [flipped, reshaped, layer(bias=False), layer().bfloat16(), torch.nn.Sequential(layer())]
+    renamed = torch.nn.Sequential(layer())
+    others = [flipped, reshaped, renamed, layer(bias=False), layer().bfloat16()]
     digests = {weights_digest(module) for module in others} | {plain}
     assert len(digests) == len(others) + 1
     assert not strided.weight.is_contiguous()
@@ -839,7 +852,8 @@ def test_a_digest_of_something_else(saved_folder, digest):
 
 
 WRONG = {
-    "m": (0, -1, 2.0, "3", True, None), "rank": (0, 1.5, None), "alpha": (0, -2, "x", None, math.nan),
+    "m": (0, -1, 2.0, "3", True, None), "rank": (0, 1.5, None),
+    "alpha": (0, -2, "x", None, math.nan),
     "targets": ("q_proj", [1], ["q_proj", "q_proj"], 5), "head": ("relu", None, 3),
     "shared": (0, "no", None), "base_fingerprint": ("0", None, 7, "0123456789ABCDEF"),
     "dropout": (1.0, -0.1, "x")}
@@ -981,8 +995,8 @@ def test_a_release_is_read(name):
     assert set(saved.settings["targets"]) == set(config["target_modules"])
     assert (saved.settings["head"], saved.settings["shared"]) == ("softmax", True)
     assert saved.base_fingerprint is None
-    embedding = torch.load(folder / "assess_token_embedding.pth", weights_only=True)["input_embedding"]
-    assert torch.equal(saved.tensors["tokens"][0], embedding)
+    stored = torch.load(folder / "assess_token_embedding.pth", weights_only=True)
+    assert torch.equal(saved.tensors["tokens"][0], stored["input_embedding"])
     pairs = [key for key in saved.tensors if key.startswith("model.layers.")]
     assert len(pairs) == len(saved.tensors) - 3
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in pairs)
@@ -1014,6 +1028,7 @@ def without_alpha(file):
 HEAD = "classifier_head.pth"
 TOKEN = "assess_token_embedding.pth"
 COUNT = "assess_token_config.json"
+NANS = torch.full((2, 64), math.nan)
 BROKEN = {  # what is done to which file
     "an empty head": (HEAD, lambda file: file.write_bytes(b"")),
     "half a head": (HEAD, lambda file: file.write_bytes(file.read_bytes()[:1000])),
@@ -1021,10 +1036,11 @@ BROKEN = {  # what is done to which file
     "a head that is a list": (HEAD, lambda file: torch.save([1], file)),
     "a head that is code": (HEAD, lambda file: torch.save(print, file)),
     "a head of NaN": (
-        HEAD, lambda file: torch.save({"weight": torch.full((2, 64), math.nan), "bias": torch.zeros(2)}, file)),
+        HEAD, lambda file: torch.save({"weight": NANS, "bias": torch.zeros(2)}, file)),
     "no head": (HEAD, lambda file: file.unlink()),
     "a token that is text": (TOKEN, lambda file: torch.save({"input_embedding": "x"}, file)),
-    "a token that is ragged": (TOKEN, lambda file: torch.save({"input_embedding": [[1], [2, 3]]}, file)),
+    "a token that is ragged": (
+        TOKEN, lambda file: torch.save({"input_embedding": [[1], [2, 3]]}, file)),
     "no token": (TOKEN, lambda file: file.unlink()),
     "no number of tokens": (COUNT, lambda file: edit(file, num_assess_tokens=None)),
     "a number of tokens that is text": (COUNT, lambda file: edit(file, num_assess_tokens="4")),

@@ -10,7 +10,7 @@ import pytest
 from helpers import GOLDEN, NAMES, golden, write_tokenizer
 
 from plumbing.problems import Problem, instruction
-from plumbing.tokenizer import Tokenizer
+from plumbing.tokenizer import CONDITIONS, Tokenizer
 
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -127,12 +127,12 @@ def test_a_problem_is_asked_with_the_papers_instruction(tmp_path):
 # ------------------------------------------------------------------------------- the templates
 
 TOOLS = r"""
-    {{- "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
+    {{- "\n\n# Tools\n\nYou may call one or more functions to assist.\n\n<tools>" }}
     {%- for tool in tools %}
         {{- "\n" }}
         {{- tool | tojson }}
     {%- endfor %}
-    {{- "\n</tools>\n\nFor each function call, return a json object:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n" }}
+    {{- "\n</tools>\n\n<tool_call>\n{\"name\": <function-name>}\n</tool_call><|im_end|>\n" }}
 """
 QWEN25 = r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -287,8 +287,8 @@ R1_0528 = (
     "{% if ns.is_tool %}{{'<｜tool▁outputs▁end｜>'}}{% endif %}"
     "{% if add_generation_prompt and not ns.is_last_user and not ns.is_tool %}{{'<｜Assistant｜>'}}{% endif %}")
 GPT_OSS_START = r"""{#-
-  In addition to the normal inputs of `messages` and `tools`, this template accepts "reasoning_effort":
-  a string that describes the reasoning effort, it's "medium" by default.
+  In addition to the normal inputs of `messages` and `tools`, this template also accepts the
+  "reasoning_effort": a string that describes the reasoning effort, it's "medium" by default.
  #}
 {%- macro build_system_message() -%}
     {%- if model_identity is not defined %}
@@ -338,15 +338,18 @@ GPT_OSS_FIRST = GPT_OSS_START + r"""
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 MATH_SYSTEM = r"Please reason step by step, and put your final answer within \\boxed{}."
 TEMPLATES = {  # special tokens, template, and how the prompt begins or ends
-    "Qwen2-7B-Instruct": (CHATML, QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
+    "Qwen2-7B-Instruct": (
+        CHATML, QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
     "Qwen2.5-7B": (
         CHATML, QWEN25.replace("SYSTEM", "You are a helpful assistant."),
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
     "Qwen2.5-7B-Instruct": (
-        CHATML, QWEN25.replace("SYSTEM", QWEN_SYSTEM), f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"),
+        CHATML, QWEN25.replace("SYSTEM", QWEN_SYSTEM),
+        f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"),
     "Qwen2.5-Math-7B-Instruct": (
         CHATML, QWEN25.replace("SYSTEM", MATH_SYSTEM),
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"),
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n"),
     "QwQ-32B": (CHATML, QWQ, "<|im_start|>assistant\n<think>\n"),
     "Qwen3-8B": (CHATML, QWEN3, "<|im_start|>assistant\n"),
     "Qwen3-4B-Thinking-2507": (CHATML, QWEN3_THINKING, "<|im_start|>assistant\n<think>\n"),
@@ -391,6 +394,16 @@ def test_a_prompt_is_what_the_template_renders(tmp_path, name, where):
     assert expected.startswith(part) or expected.endswith(part)
     opened = expected.endswith("<think>\n")
     assert tokenizer.completion([]) == ("<think>\n" if opened else "")
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_condition_on_thinking_is_what_it_is_by_default(tmp_path, condition):
+    """Where enable_thinking is not set, as here: Jinja's word on either branch."""
+    branches = "{{- 'yes' }}{%- else %}{{- 'no' }}{%- endif %}{%- endif %}"
+    template = QWEN3.partition("{%- if enable_thinking")[0] + "{%- " + condition + " %}" + branches
+    tokenizer = Tokenizer(write_template(tmp_path / "it", CHATML, template))
+    assert tokenizer.decode(tokenizer.prompt(TEXT)) == render(template, TEXT)
+    assert tokenizer.opening in ("yes", "no")
 
 
 def test_harmony_efforts_are_the_templates(tmp_path):
@@ -439,19 +452,24 @@ def test_who_opens_the_thinking(tmp_path, template, opening, where):
 
 
 REFUSED = {  # a template that renders something else than our frame -> what the line says
-    "another format": ("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "none of the chat formats"),
+    "another format": (
+        "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "none of the chat formats"),
     "a system message in a variable": (
-        "{% set system_message = 'Think.' %}" + QWEN2, "default system message in a variable, 'Think"),
+        "{% set system_message = 'Think.' %}" + QWEN2, "system message in a variable, 'Think.'"),
     "a system message of variables": (
         QWEN2.replace("'<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'",
-                      "'<|im_start|>system\n' + today + '<|im_end|>\n'"), "default system message in variables"),
+                      "'<|im_start|>system\n' + today + '<|im_end|>\n'"),
+        "default system message in variables"),
     "a system message in parts": (
-        QWEN2.replace("You are a helpful assistant.<|im_end|>\n' }}", "' }}{{ today }}"), "in parts"),
+        QWEN2.replace("You are a helpful assistant.<|im_end|>\n' }}", "' }}{{ today }}"),
+        "in parts"),
     "a condition of its own": (
-        QWEN3.replace("enable_thinking is defined and enable_thinking is false", "deep"), "'if deep'"),
+        QWEN3.replace("enable_thinking is defined and enable_thinking is false", "deep"),
+        "'if deep'"),
     "a variable opening": (
         QWQ.replace("assistant\\n<think>\\n' }}", "assistant\\n' }}{{ opening }}"), "opening"),
-    "no turn of the model": (QWQ.replace("'<|im_start|>assistant\\n<think>\\n'", "''"), "model's turn"),
+    "no turn of the model": (
+        QWQ.replace("'<|im_start|>assistant\\n<think>\\n'", "''"), "model's turn"),
     "trimmed messages": (QWQ.replace("+ message.content +", "+ message.content | trim +"), "trims"),
 }
 
@@ -490,7 +508,8 @@ def test_no_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", (
-    (b"\xff\xfe", "chat_template.jinja: not a text"), (None, "tokenizer_config.json: chat_template: found 3")))
+    (b"\xff\xfe", "chat_template.jinja: not a text"),
+    (None, "tokenizer_config.json: chat_template: found 3")))
 def test_a_template_that_is_no_text(tmp_path, content, message):
     folder = write_tokenizer(tmp_path, CHATML, template=3)
     if content is not None:
