@@ -403,12 +403,13 @@ def read_weights(folder, config, shapes, device, dtype):
     for file, names in names_by_file(stored).items():
         with safe_open(file, framework="pt") as opened:
             for name in names:
-                tensor = opened.get_tensor(name).to(device, copy=True)
+                mapped = opened.get_tensor(name)
                 if name.endswith(PACKED):
-                    parts[name] = tensor
+                    parts[name] = mapped.to(device=device, copy=True)
                     unpack_complete(parts, tensors, name[:-len("_blocks")], file, dtype)
                 else:
-                    tensors[name] = convert(tensor, dtype, file, name)
+                    tensors[name] = mapped.to(device=device, dtype=dtype, copy=True)
+                    check_finite(tensors[name], mapped, file, name)
     if head is not None and config.tie_word_embeddings:
         check_tied_head(head, tensors["model.embed_tokens.weight"])
     return tensors
@@ -503,16 +504,15 @@ def is_finite(tensor):
     return math.isfinite(low) and math.isfinite(high)
 
 
-def convert(tensor, dtype, file, name):
-    """`tensor` in `dtype`, or a ValueError if it holds, or would then hold, NaN or infinity."""
-    converted = tensor.to(dtype)
+def check_finite(converted, original, file, name):
+    """Raise ValueError if a tensor holds NaN or infinity, be it since it was converted."""
     if is_finite(converted):
-        return converted
-    if is_finite(tensor):
-        largest = tensor.abs().max().item()
+        return
+    if is_finite(original):
+        largest = original.abs().max().item()
         raise ValueError(
-            f"{file}: {name}: found a value of {largest:.3g}, which overflows in {dtype}: take "
-            "another dtype")
+            f"{file}: {name}: found a value of {largest:.3g}, which overflows in "
+            f"{converted.dtype}: take another dtype")
     raise ValueError(f"{file}: {name}: found NaN or infinity, expected finite numbers")
 
 
@@ -522,7 +522,9 @@ def unpack_complete(parts, tensors, name, file, dtype):
     if name + "_blocks" in parts and name + "_scales" in parts:
         blocks = parts.pop(name + "_blocks")
         scales = parts.pop(name + "_scales")
-        tensors[name] = convert(dequantize_mxfp4(blocks, scales), dtype, file, name)
+        weights = dequantize_mxfp4(blocks, scales)
+        tensors[name] = weights.to(dtype)
+        check_finite(tensors[name], weights, file, name)
 
 
 def check_tied_head(head, embeddings):

@@ -105,7 +105,7 @@ class Tokenizer:
     def decode(self, ids, skip_special_tokens=False):
         """The text of token ids."""
         return call_library(
-            f"token ids {shorten(ids)}",
+            f"token ids {shorten(ids[:16])}",
             self.library.decode, ids, skip_special_tokens=skip_special_tokens)
 
     def prompt(self, text, effort="medium"):

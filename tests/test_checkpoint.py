@@ -552,7 +552,7 @@ def test_headers_are_checked_before_any_weight_is_read(tmp_path, monkeypatch):
     tensors = random_model("qwen2", **raw).state_dict()
     tensors["model.norm.weight"] = torch.ones(31)
     folder = write_checkpoint(tmp_path / "it", raw, tensors, 3)
-    monkeypatch.setattr(checkpoint, "convert", None)
+    monkeypatch.setattr(checkpoint, "check_finite", None)
     with pytest.raises(ValueError, match=r"model.norm.weight: found shape \[31\] of F32"):
         read(folder)
 
@@ -615,25 +615,28 @@ def test_the_bytes_of_a_model():
 
 
 MEASURE = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from plumbing.checkpoint import Config, read_weights
 
-folder, mebibytes = Path(sys.argv[1]), 2 ** 20
+def high_water():  # ru_maxrss would begin at that of the parent
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+folder = Path(sys.argv[1])
 config = Config.from_dict(json.loads((folder / "config.json").read_text()))
 shapes = {f"t{i}": (2 ** 12, 2 ** 12) for i in range(8)}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = read_weights(folder, config, shapes, "cpu", torch.bfloat16)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+before = high_water()
+found = read_weights(folder, config, shapes, "cpu", torch.float32)
+print(high_water() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts otherwise")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_host_memory_stays_below_the_model_and_one_shard(tmp_path):
-    """8 shards of 32 MiB: 256 MiB of model; the high-water mark may rise by 288 MiB and a little
-    for the reader."""
+    """8 shards of 32 MiB, in float32 512 MiB of model: the high-water mark may rise by 544 MiB, and
+    a little for the reader."""
     (tmp_path / "config.json").write_text(json.dumps(raw_config("qwen2")))
     listed = {}
     for i in range(8):
@@ -643,7 +646,7 @@ def test_host_memory_stays_below_the_model_and_one_shard(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert float(run.stdout) < 256 + 32 + 30, run.stderr
+    assert 512 < float(run.stdout) < 512 + 32 + 16, run.stderr
 
 
 # --------------------------------------------------------------------------------------- MXFP4
