@@ -766,6 +766,12 @@ def test_the_digest_of_weights_sees_every_byte():
     assert weights_digest(strided) == plain
 
 
+def test_the_digest_sees_a_dtype_whose_bytes_are_the_same():
+    zeros = [torch.nn.ParameterDict({"a": torch.zeros(5, dtype=dtype)})
+             for dtype in (torch.float16, torch.bfloat16)]
+    assert weights_digest(zeros[0]) != weights_digest(zeros[1])
+
+
 def test_the_digest_of_more_than_one_piece():
     """64 MiB go at a time: a change behind the first piece counts."""
     module = torch.nn.ParameterDict({"a": torch.zeros(2 ** 24 + 5)})

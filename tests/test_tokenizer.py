@@ -413,6 +413,12 @@ def test_harmony_efforts_are_the_templates(tmp_path):
         assert tokenizer.decode(tokenizer.prompt(TEXT, effort)) == expected
 
 
+@pytest.mark.parametrize("bos, shown", ((None, ""), ("<think>", "<think>")))
+def test_bos_is_the_tokenizers_where_the_template_shows_it(tmp_path, bos, shown):
+    tokenizer = Tokenizer(write_template(tmp_path / "it", R1, R1_LATER, bos=bos))
+    assert tokenizer.decode(tokenizer.prompt(TEXT)) == render(R1_LATER, TEXT, bos_token=shown)
+
+
 def test_a_template_of_its_own_file_comes_first(tmp_path):
     """As in transformers: chat_template.jinja before tokenizer_config.json."""
     folder = write_template(tmp_path / "it", CHATML, QWQ)
