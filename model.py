@@ -23,6 +23,7 @@ from plumbing import memory
 from plumbing.checkpoint import find_folder, parameter_bytes, read_config, read_weights
 
 SCORES_AT_ONCE = 2 ** 27  # attention scores held at a time; a long prefill takes blocks of queries
+ROWS_AT_ONCE = 64         # rows that share a span of keys; more would read more dead slots
 
 
 def rope_frequencies(config):
@@ -61,11 +62,12 @@ def rope_frequencies(config):
     return frequencies, scale
 
 
-class Visible(NamedTuple):
-    """The keys that the layers of one window read: slots start..stop-1, and the mask (B, T, S) that
-    is added to their scores: 0 where a query sees the key, minus infinity where it does not."""
-    start: int
-    stop: int
+class Block(NamedTuple):
+    """Queries that attend together: those of some rows, at some of the T positions. They read the keys
+    in slots start..stop-1, under a mask (rows, queries, stop - start) that is added to the scores."""
+    rows: slice
+    queries: slice
+    keys: slice
     mask: torch.Tensor
 
 
@@ -73,22 +75,19 @@ class Positions:
     """Where T new positions of B rows stand. Made once a pass, read by every layer.
 
     positions (B, T): absolute. slots (B, K, T): where their keys and values go in the cache.
-    cos, sin (B, T, 1, D): RoPE's angles. visible: window -> Visible.
+    cos, sin (B, T, 1, D): RoPE's angles. blocks: window -> the Blocks of its layers.
 
     One rule says what a query sees: the keys at or before its own position, within its window. New
     positions follow their row's length directly, so a dead slot is never at or before a query.
     """
 
     def __init__(self, model, positions, dtype, cache=None, span=None):
-        """span: the keys of this pass lie in slots 0..span-1. Without a cache the pass stands alone."""
+        """span: slots 0..span-1 are read for every row; None: as few as the rows' lengths allow.
+        Without a cache the pass stands alone."""
         self.positions = positions
-        self.slots = None
-        shortest = 0
-        if cache is not None:
-            self.slots = cache.slots(positions.shape[1])
-            shortest = cache.shortest
-        else:
-            span = positions.shape[1]
+        self.cache = cache
+        self.span = span
+        self.slots = None if cache is None else cache.slots(positions.shape[1])
 
         angles = positions[..., None, None].float() * model.frequencies  # (B, T, 1, D / 2)
         cos = (angles.cos() * model.rope_scale).to(dtype)
@@ -96,11 +95,35 @@ class Positions:
         self.cos = torch.cat((cos, cos), -1)
         self.sin = torch.cat((-sin, sin), -1)
 
-        self.visible = {}
-        for window in set(model.config.windows):
-            start = 0 if window is None else max(0, shortest + 1 - window)
-            mask = visibility(positions, start, span, window)
-            self.visible[window] = Visible(start, span, mask)
+        heads = model.config.num_attention_heads
+        self.blocks = {window: self._blocks(window, heads) for window in set(model.config.windows)}
+
+    def _blocks(self, window, heads):
+        """Cut the pass into Blocks: rows whose keys end at about the same slot, and as many queries as
+        SCORES_AT_ONCE allows."""
+        B, T = self.positions.shape
+        rows_at_once = B if self.span is not None or self.cache is None else ROWS_AT_ONCE
+        blocks = []
+        for first in range(0, B, rows_at_once):
+            rows = slice(first, min(first + rows_at_once, B))
+            start, stop = self._keys_of(rows, window)
+            scores = (rows.stop - first) * heads * (stop - start)  # of one query a row
+            queries_at_once = max(1, SCORES_AT_ONCE // scores)
+            for query in range(0, T, queries_at_once):
+                queries = slice(query, min(query + queries_at_once, T))
+                mask = visibility(self.positions[rows, queries], start, stop, window)
+                blocks.append(Block(rows, queries, slice(start, stop), mask))
+        return blocks
+
+    def _keys_of(self, rows, window):
+        """(first slot, slot behind the last) of the keys that these rows may read."""
+        T = self.positions.shape[1]
+        if self.cache is None:
+            return 0, T
+        counts = self.cache.counts[rows]
+        stop = int(counts.max()) + T if self.span is None else self.span
+        start = 0 if window is None else max(0, int(counts.min()) + 1 - window)
+        return start, stop
 
     def rotate(self, x):
         """RoPE on halves: x (B, T, heads, D)."""
@@ -184,17 +207,14 @@ class Attention(nn.Module):
         q = positions.rotate(self.q_norm(q))
         k = positions.rotate(self.k_norm(k)).transpose(1, 2)  # (B, K, T, D)
         v = v.transpose(1, 2)
-        visible = positions.visible[self.window]
         if cache is not None:
-            k, v = cache.write(self.layer, positions.slots, k, v)
-            k = k[:len(x), :, visible.start:visible.stop]  # (B, K, S, D), S keys from the cache
-            v = v[:len(x), :, visible.start:visible.stop]
+            k, v = cache.write(self.layer, positions.slots, k, v)  # all slots of the layer
 
-        block = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[2] * k.shape[2]))
-        out = []
-        for part, mask in zip(q.split(block, 1), visible.mask.split(block, 1)):
-            out.append(attend(part, k, v, mask, self.sinks))
-        return self.o_proj(torch.cat(out, 1), adapter)
+        out = x.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])  # (B, T, H * D)
+        for rows, queries, keys, mask in positions.blocks[self.window]:
+            part = attend(q[rows, queries], k[rows, :, keys], v[rows, :, keys], mask, self.sinks)
+            out[rows, queries] = part
+        return self.o_proj(out, adapter)
 
 
 class MLP(nn.Module):
@@ -328,13 +348,13 @@ class Decoder(nn.Module):
         follow each row's length and are appended to it."""
         if cache is None:
             return self.run(ids, adapter=adapter)
-        hidden = self.run(ids, cache, cache.longest + ids.shape[1], adapter)
+        hidden = self.run(ids, cache, adapter=adapter)
         cache.advance(ids.shape[1])
         return hidden
 
     def run(self, ids, cache=None, span=None, adapter=None):
-        """`forward` without advancing the cache: what Check runs, and what a CUDA graph captures.
-        The pass reads cache slots 0..span-1."""
+        """`forward` without advancing the cache: what Check runs, and what a CUDA graph captures, for
+        which the slots 0..span-1 are read whatever the rows' lengths."""
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device).expand(B, T)

@@ -228,6 +228,7 @@ class Batch:
     last one) is `pending`: not yet in the cache. `settle` puts it there and gives the hidden states
     from which the next tokens are drawn. `decoded` counts rows x steps as they were computed.
     """
+    SORT_EVERY = 32  # steps after which rows of like length are put side by side: they read fewer slots
 
     def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
                  on_end=None):
@@ -243,6 +244,7 @@ class Batch:
         self.on_end = on_end
         self.prompts = Prompts(model, sampling)
         self.model_step = DecodeStep(model)
+        self.steps = 0
         self.decoded = 0
 
         rows = min(rows, len(self.waiting))
@@ -313,6 +315,7 @@ class Batch:
         self.pending = torch.cat(tokens)
         self.hidden = None
         self.drawn += 1
+        self.steps += 1
         self.decoded += len(self.live)
         return self.pending.tolist()  # the step's one wait for the device
 
@@ -349,6 +352,8 @@ class Batch:
             self._begin(taken)
         if len(self.free) >= self.model_step.group:
             self._keep_running()
+        if self.waiting and self.steps % self.SORT_EVERY == 0:
+            self._rearrange(np.argsort(-self.cache.counts).tolist())
 
     def _keep_running(self):
         """Go on with the rows of running paths only. A row moves only into the place of one that left:
@@ -361,6 +366,10 @@ class Batch:
         order = []
         for place in range(len(running)):
             order.append(place if place in staying else running.pop())
+        self._rearrange(order)
+
+    def _rearrange(self, order):
+        """Row j of the batch and of its cache becomes the old row order[j]."""
         self.live = [self.live[row] for row in order]
         self.cache.keep(order)
         self.keys = self.keys[order]

@@ -75,8 +75,7 @@ class Stop(torch.nn.Module):
         keys and values go to dead slots behind each row, and no row becomes longer."""
         tokens = self.tokens.expand(cache.rows, self.m, -1).to(cache.keys[0].dtype)  # (B, m, hidden)
         everywhere = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-        span = cache.longest + self.m
-        hidden = model.run(tokens, cache, span, adapter=self.lora.at(everywhere))
+        hidden = model.run(tokens, cache, adapter=self.lora.at(everywhere))
         return self.head(hidden[:, -1].float())
 
     def chance(self, logits):
