@@ -151,9 +151,9 @@ def attend(q, k, v, mask, sinks=None):
     B, T, H, D = q.shape
     K = k.shape[1]
     G = H // K
-    q = (q * D ** -0.5).view(B, T, K, G, D).permute(0, 2, 3, 1, 4)  # (B, K, G, T, D)
-    scores = q.reshape(B, K, G * T, D) @ k.transpose(-1, -2)
-    scores = scores.float().view(B, K, G, T, -1).add_(mask[:, None, None])
+    q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    scores = (q @ k.transpose(-1, -2)).view(B, K, G, T, -1)
+    scores = torch.add(mask[:, None, None], scores.float(), alpha=D ** -0.5)  # scaled in float32
     weights = scores.softmax(-1)
     if sinks is not None:
         sinks = sinks.view(K, G, 1, 1).float()

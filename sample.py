@@ -30,6 +30,7 @@ from plumbing.tokenizer import Tokenizer
 GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64
 FACTOR_1 = 0xBF58476D1CE4E5B9 - 2 ** 64
 FACTOR_2 = 0x94D049BB133111EB - 2 ** 64
+SPARE = 256  # logits looked at beyond the k largest, so that ties with the k-th are seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +112,17 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
     if top_k == V and top_p == 1:
         return logits.softmax(-1)
 
+    # Totals in float64: they come out the same whichever zeros stand between the terms (see `choose`).
     largest = _largest(logits, top_k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if top_p < 1:
         mass = largest.exp()
         before = mass.cumsum(-1) - mass  # of the tokens larger than each
-        stays = before < top_p * weights.sum(-1, keepdim=True)
+        stays = before < top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
         last = stays.sum(-1, keepdim=True) - 1
         weights.mul_(logits >= largest.gather(-1, last))
-    return weights.div_(weights.sum(-1, keepdim=True))
+    total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    return weights.div_(total.float())
 
 
 def _largest(logits, count):
@@ -137,6 +140,30 @@ def draw(probs, noise):
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     target = noise[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def choose(logits, noise, sampling):
+    """The token that `draw` takes from `probabilities` for each row: logits (B, V), noise (B,) -> (B,).
+
+    A large vocabulary is not looked at in full. The k + SPARE largest logits, put back in the order of
+    their ids, give the same distribution and the same cumulative sums. Only where the smallest of them
+    still ties with the k-th may there be more: such a row is done in full."""
+    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
+    count = top_k + SPARE
+    if top_k == 0 or count >= logits.shape[-1]:
+        return draw(probabilities(logits, temperature, top_k, top_p), noise)
+    largest = logits.topk(count)  # (B, count), falling
+    ids, order = largest.indices.sort(-1)
+    candidates = largest.values.gather(-1, order)
+    place = draw(probabilities(candidates, temperature, top_k, top_p), noise)
+    beyond = place == count  # nan or infinity: no place at all
+    tokens = ids.gather(-1, place.clamp(max=count - 1)[:, None])[:, 0]
+    tokens = torch.where(beyond, logits.shape[-1], tokens)
+    tied = largest.values[:, -1] == largest.values[:, top_k - 1]
+    if tied.any():
+        probs = probabilities(logits[tied], temperature, top_k, top_p)
+        tokens[tied] = draw(probs, noise[tied])
+    return tokens
 
 
 # ------------------------------------------------------------------------------------ paths and batch
@@ -307,11 +334,9 @@ class Batch:
         noise = uniform(self.keys, self.drawn)
         at_once = 2 ** 24 if logits.is_cuda else 2 ** 20  # numbers: bounds the memory of temporaries
         block = max(1, at_once // logits.shape[-1])
-        sampling = self.sampling
         tokens = []
         for part, numbers in zip(logits.split(block), noise.split(block)):
-            probs = probabilities(part, sampling.temperature, sampling.top_k, sampling.top_p)
-            tokens.append(draw(probs, numbers))
+            tokens.append(choose(part, numbers, self.sampling))
         self.pending = torch.cat(tokens)
         self.hidden = None
         self.drawn += 1
