@@ -119,7 +119,7 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
         mass = largest.exp()
         before = mass.cumsum(-1) - mass  # of the tokens larger than each
         stays = before < top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
-        last = stays.sum(-1, keepdim=True) - 1
+        last = (stays.sum(-1, keepdim=True) - 1).clamp(min=0)  # a row of nan has none that stays
         weights.mul_(logits >= largest.gather(-1, last))
     total = weights.sum(-1, keepdim=True, dtype=torch.float64)
     return weights.div_(total.float())
