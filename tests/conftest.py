@@ -1,4 +1,4 @@
-"""Puts the project's root on the path, so that the tests import the rooms as a script there would."""
+"""Puts the project's root on the path, so that tests import the rooms as a script there would."""
 import sys
 from pathlib import Path
 
