@@ -46,11 +46,6 @@ class KVCache:
         return int(self.counts.max(initial=0))
 
     @property
-    def shortest(self):
-        """The length of the shortest row."""
-        return int(self.counts.min(initial=self.capacity))
-
-    @property
     def nbytes(self):
         """Bytes of all buffers, dead slots included."""
         return sum(buffer.nbytes for buffer in self.keys + self.values)
@@ -80,10 +75,10 @@ class KVCache:
 
     def set_lengths(self, lengths):
         """Cut every row to its length in `lengths` (a list of ints), as after a right-padded prefill."""
-        fits = all(0 <= length <= self.longest for length in lengths)
+        fits = all(0 <= length <= count for length, count in zip(lengths, self.counts))
         if len(lengths) != self.rows or not fits:
             raise ValueError(
-                f"KV cache: cannot cut {self.rows} rows of at most {self.longest} positions to {lengths}")
+                f"KV cache: cannot cut {self.rows} rows of {self.counts.tolist()} positions to {lengths}")
         self.counts = np.array(lengths, dtype=np.int64)
         self.lengths.copy_(torch.from_numpy(self.counts))
 
