@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from model import Decoder
 from plumbing.checkpoint import Config
+from plumbing.command_line import command_line
 from stop import Stop
 
 # The models are tiny: a second thread only waits, and for long where the cores are shared.
@@ -226,7 +227,7 @@ class Killed(BaseException):
 
 
 class Fuse:
-    """Functions wrapped by one fuse may be called `calls` times together; the next call is Killed."""
+    """The functions that it wraps may be called `calls` times together; the next call is Killed."""
 
     def __init__(self, calls):
         self.left = calls
@@ -244,8 +245,6 @@ class Fuse:
 def call_script(monkeypatch, capsys, script, *words):
     """Run a script's entry in this process with a command line -> (exit status, stdout, stderr).
     script: the module; words: the arguments, paths and numbers included."""
-    from plumbing.command_line import command_line
-
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
     status = 0
     try:
