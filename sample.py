@@ -375,7 +375,8 @@ class Batch:
             taken = self.free[:len(self.waiting)]
             self.free = self.free[len(taken):]
             self._begin(taken)
-        if len(self.free) >= self.model_step.group:
+        is_full = self.cache.longest == self.cache.capacity  # a row of an ended path grows on
+        if len(self.free) >= self.model_step.group or is_full:
             self._keep_running()
         if self.waiting and self.steps % self.SORT_EVERY == 0:
             self._rearrange(np.argsort(-self.cache.counts).tolist())
