@@ -18,8 +18,8 @@ import torch
 class KVCache:
     """Keys and values, one buffer (rows, K, capacity, D) a layer, and each row's length.
 
-    `lengths` (B,) int64 lies on the device. `counts`, the same numbers on the host, say how large a
-    pass is without asking the device. Dead slots hold finite numbers that no pass reads.
+    `lengths` (B,) int64 lies on the device. `counts`, the same numbers on the host, say how large
+    a pass is without asking the device. Dead slots hold finite numbers that no pass reads.
     """
 
     def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu", dtype=torch.float32):
@@ -55,7 +55,8 @@ class KVCache:
         Raises ValueError if they do not fit."""
         if self.longest + count > self.capacity:
             raise ValueError(
-                f"KV cache: {self.longest} + {count} positions do not fit its capacity of {self.capacity}")
+                f"KV cache: {self.longest} + {count} positions do not fit its capacity of "
+                f"{self.capacity}")
         kv_heads = self.keys[0].shape[1]
         device = self.lengths.device
         first = torch.arange(self.rows * kv_heads, device=device) * self.capacity  # of each (row, head)
@@ -74,7 +75,7 @@ class KVCache:
         self.counts += count
 
     def set_lengths(self, lengths):
-        """Cut every row to its length in `lengths` (a list of ints), as after a right-padded prefill."""
+        """Cut every row to its length in `lengths` (a list of ints), as after a padded prefill."""
         fits = all(0 <= length <= count for length, count in zip(lengths, self.counts))
         if len(lengths) != self.rows or not fits:
             raise ValueError(
@@ -93,8 +94,8 @@ class KVCache:
         self.counts[rows] = source.counts[source_rows]
 
     def keep(self, rows):
-        """Row j becomes the old row rows[j] (all different), in place; only rows that move are copied.
-        The buffers stay where they are, and so does their memory: `rebuild` frees it."""
+        """Row j becomes the old row rows[j] (all different), in place; only rows that move are
+        copied. The buffers stay where they are, and so does their memory: `rebuild` frees it."""
         moves = [(j, row) for j, row in enumerate(rows) if row != j]
         if moves:
             target, source = torch.tensor(moves, device=self.lengths.device).T
@@ -104,18 +105,22 @@ class KVCache:
         self.lengths = self.lengths[:len(rows)]
         self.counts = self.counts[rows]
 
-    def rebuild(self, capacity):
-        """Move the rows in use to new buffers of `capacity` positions and free the old ones.
-        It goes buffer by buffer, so that old and new are never held together in full."""
+    def rebuild(self, rows, capacity):
+        """Row j becomes a copy of the old row rows[j] (one may be copied several times), in new
+        buffers of `capacity` positions; the old ones are freed. It goes buffer by buffer, so that old
+        and new are never held together in full."""
         longest = self.longest
         if capacity < longest:
-            raise ValueError(f"KV cache: {longest} positions do not fit a capacity of {capacity}")
+            raise ValueError(
+                f"KV cache: {longest} positions do not fit a capacity of {capacity}")
+        index = torch.tensor(rows, device=self.lengths.device)
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
-                new = old.new_zeros(self.rows, old.shape[1], capacity, old.shape[3])
-                new[:, :, :longest] = old[:self.rows, :, :longest]
+                new = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
+                new[:, :, :longest] = old[index, :, :longest]
                 buffers[layer] = new
-        self.lengths = self.lengths.clone()
+        self.lengths = self.lengths[index]
+        self.counts = self.counts[rows]
 
 
 def _put(buffer, index, new):

@@ -22,7 +22,7 @@ from model import load
 from plumbing import memory, processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import fingerprint, weights_digest
-from plumbing.command_line import Common, command_line, option
+from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.records import Job, digest
 from plumbing.tokenizer import Tokenizer
 
@@ -81,6 +81,12 @@ def prompt_key(seed, prompt_ids):
 def path_key(seed, prompt_ids, index):
     """The 64-bit key of path `index` of a prompt: the index is folded last."""
     return mix(prompt_key(seed, prompt_ids) ^ index)
+
+
+def branch_key(key, length, branch):
+    """The key of branch 1, 2, ... of a path that branches when it holds `length` new tokens. Branch 0
+    goes on with the path's own key. All three may be tensors."""
+    return mix(mix(key ^ length) ^ branch)
 
 
 def uniform(keys, position):
@@ -175,9 +181,21 @@ class Path:
     prompt_ids: list
     index: int                     # which path of its prompt: with seed and prompt it fixes the noise
     ids: list = dataclasses.field(default_factory=list)
-    status: str = "running"        # running, pruned, eos, length
+    status: str = "running"        # running, pruned, eos, length, decided (stop.py)
     score: float | None = None     # the chance that it ends right, once checked
+    branches: tuple = ()           # at each branching, which of the copies it is
+    inherited: int = 0             # how many of `ids` were decoded for the path that it branched from
     prompt_number: int = 0         # which of the prompts that are sampled together
+
+    @property
+    def name(self):
+        """Its index, with the branches that it took: 7, or 7.0.2."""
+        return ".".join(str(number) for number in (self.index, *self.branches))
+
+    def branch(self, number):
+        """A copy of this path that goes its own way from here: its branch 1, 2, ..."""
+        return dataclasses.replace(
+            self, ids=list(self.ids), branches=self.branches + (number,), inherited=len(self.ids))
 
 
 def prefill(model, prompts, extra=0):
@@ -300,14 +318,47 @@ class Batch:
         if self.hidden is None and self.live:
             self.hidden = self.model_step(self.pending, self.cache)
 
-    def prune(self, paths, capacity):
-        """These paths end here. Their rows are freed, and those that go on get `capacity` positions."""
+    def prune(self, paths, status="pruned"):
+        """These paths end here, and their rows leave the batch."""
         for path in paths:
-            self._end(path, "pruned")
+            self._end(path, status)
         self._keep_running()
-        if self.live:
-            self.cache.rebuild(capacity)
-            self.model_step.forget()
+
+    def finish(self, status):
+        """All paths end here; what waits never begins."""
+        self.waiting.clear()
+        for path in self.live:
+            if path.status == "running":
+                self._end(path, status)
+
+    def resume(self, copies, capacity):
+        """Go on with the live paths in rows of `capacity` positions, each as `copies` paths.
+        Returns the new paths. A copy differs from now on: its branch is folded into its noise."""
+        live = []
+        rows = []
+        new_paths = []
+        for row, path in enumerate(self.live):
+            branched = [path.branch(number) for number in range(1, copies)]
+            if branched:
+                path.branches += (0,)
+            rows += [row] * copies
+            live += [path, *branched]
+            new_paths += branched
+        if not rows:
+            return []
+        self.live = live
+        self.cache.rebuild(rows, capacity)
+        self.model_step.forget()
+        self.drawn = self.drawn[rows]
+        self.pending = self.pending[rows]
+        if self.hidden is not None:
+            self.hidden = self.hidden[rows]
+        keys = self.keys[rows]
+        number = torch.arange(len(rows), device=keys.device) % copies
+        self.keys = torch.where(number == 0, keys, branch_key(keys, self.drawn, number))
+        if self.bar is not None:
+            self.bar.total += sum(self.limit - len(path.ids) for path in new_paths)
+        return new_paths
 
     def _begin(self, rows):
         """The next waiting paths begin in these rows: each is a copy of its prompt's."""
@@ -351,16 +402,20 @@ class Batch:
         if max(tokens) >= self.model.config.vocab_size:  # what `draw` gives where a row holds NaN
             raise ValueError("logits: found NaN or infinity, expected finite numbers (overflow in "
                              f"{self.cache.keys[0].dtype}, or damaged weights)")
+        ended = []
         for row, path in enumerate(self.live):
             if path.status != "running":
                 continue
             path.ids.append(tokens[row])
             if tokens[row] in self.eos_ids:
-                self._end(path, "eos")
+                path.status = "eos"
             elif len(path.ids) == self.limit:
-                self._end(path, "length")
+                path.status = "length"
             if path.status != "running":
                 self.free.append(row)
+                ended.append(path)
+        for path in ended:  # only now: what is told of one may end others
+            self._end(path, path.status)
 
     def _end(self, path, status):
         path.status = status
@@ -569,6 +624,23 @@ def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling
     return job.finish()
 
 
+@torch.inference_mode()
+def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
+    """Tokens a second of decoding `rows` paths half-way to their limit, measured for a moment.
+    The cached keys are zeros there: they are read as fast as others."""
+    capacity = max(len(prompt) for prompt in prompts) + limit
+    paths = [Path(prompts[i % len(prompts)], i) for i in range(rows)]
+    batch = Batch(model, paths, rows, capacity, limit, sampling, eos_ids=())
+    batch.cache.advance(limit // 2)
+    batch.decode(until=1)  # warm-up
+    start = time.perf_counter()
+    steps = 0
+    while steps < limit // 2 - 2 and time.perf_counter() - start < seconds:
+        steps += 1
+        batch.decode(until=1 + steps)
+    return rows * max(steps, 1) / (time.perf_counter() - start)
+
+
 def token_bar(name, total):
     """A progress bar that counts tokens; on a terminal only, and of the first process only."""
     silent = None if processes.is_first() else True  # None: if no terminal is there
@@ -595,6 +667,8 @@ def open_model(settings):
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
     try:
+        if torch.device(settings.device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda or mps")
         device = processes.start(settings.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -612,6 +686,8 @@ def peak_memory():
 
 def main(settings):
     """Print n paths as they end; the last line is one JSON object."""
+    require_positive(settings, "n", "batch", "max_new_tokens")
+    sampling_of(settings)
     model, tokenizer = open_model(settings)
     prompt_ids = tokenizer.prompt(settings.prompt)
     limit = room(model, prompt_ids, settings.max_new_tokens)

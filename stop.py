@@ -15,6 +15,7 @@ import json
 import pathlib
 import re
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,14 @@ from lora import TARGETS, LoRA
 from plumbing import memory
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import fingerprint, weights_digest
-from plumbing.command_line import Common, command_line, option
+from plumbing.command_line import (
+    Common, command_line, option, require_choice, require_positive, shown)
 from plumbing.labels import read_prefixes
 from plumbing.problems import Problem
 from plumbing.records import digest
 from plumbing.scores import score_file
 from plumbing.stop_files import match, read_stop, write_stop
+from plumbing.votes import is_decided
 from sample import (
     Batch, Path, Sampling, check_prompts, model_digest, open_model, prefill, require_finite, room, sampling_of,
     token_bar)
@@ -103,6 +106,15 @@ class Stop(torch.nn.Module):
         require_finite(scores, "STOP's score")
         return scores
 
+    def trained_with(self, name, default):
+        """A length (in tokens) that it was trained with, or the default where that is not known."""
+        value = self.trained.get("settings", {}).get(name)
+        if value is None:
+            return default
+        if type(value) is not int or value < 1:
+            raise ValueError(f"stop.json: trained: {name}: found {shown(value)}, expected a positive integer")
+        return value
+
     def about(self):
         """What must agree between a saved STOP's two files, and with the model it is loaded for."""
         return {"m": self.m, "shared": self.shared, "rank": self.lora.rank, "alpha": self.lora.alpha,
@@ -160,67 +172,83 @@ def retention(budget, prefix, task):
     return min(1.0, L_task ** 4.55 / (1.17e4 * C ** 0.46 * L_prefix ** 0.40))
 
 
+class Stage(NamedTuple):
+    """One check: at `checkpoint` new tokens the best `keep` paths stay, each going on as `branch` paths."""
+    checkpoint: int
+    keep: int
+    branch: int = 1
+
+
 @torch.inference_mode()
 def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, cascade=None,
                         max_new_tokens=16384, temperature=0.6, top_k=40, top_p=0.95, seed=0,
-                        eos_ids=None, bar=None, on_check=None):
-    """n paths of a prompt, of which `keep` are finished: a list of n Path, by index, pruned ones included.
+                        branch=1, answer_of=None, kind="math", eos_ids=None, bar=None,
+                        on_check=None):
+    """n paths of a prompt, of which `keep` are finished: a list of Path, by index, pruned ones included.
 
-    cascade: [(checkpoint, keep), ...] instead of (prefix, keep). A path that ends before a checkpoint is
-    scored whole and competes: exactly `keep` paths vote. Ties go to the lower index; with keep = n the
-    paths are those of `generate`. on_check(checkpoint, paths, kept) is called after each check; bar
-    counts tokens. Raises ValueError on stages that cannot be."""
+    cascade: [(checkpoint, keep), ...] or [(checkpoint, keep, branch), ...] instead of (prefix, keep,
+    branch). A path that ends before a checkpoint is scored whole and competes: exactly `keep` paths vote.
+    Ties go to the lower index; with keep = n the paths are those of `generate`. With branch = b each kept
+    path that still runs goes on as b paths (an ended one is never revived); new paths stand behind the
+    n. answer_of(path): its answer of this kind, or None; with it, decoding stops as soon as no running
+    path can change the vote (`is_decided`), and those that still ran are "decided". on_check(checkpoint, paths, kept) is called
+    after each check; bar counts tokens. Raises ValueError on stages that cannot be."""
     sampling = Sampling(temperature, top_k, top_p, seed)
-    stages = cascade or [(prefix, keep)]
+    stages = [Stage(*stage) for stage in cascade or [(prefix, keep, branch)]]
     check_stages(stages, n, max_new_tokens)
-    last_checkpoint = stages[-1][0]
-    check_prompts(model, [prompt_ids], max(max_new_tokens, last_checkpoint + stop.m))
+    ends = [stage.checkpoint for stage in stages] + [max_new_tokens]
+    check_prompts(model, [prompt_ids], max(max_new_tokens, stages[-1].checkpoint + stop.m))
+    capacities = [len(prompt_ids) + end + stop.m for end in ends]
+    require_rows(model, n, stages, capacities)
+
     paths = [Path(list(prompt_ids), index) for index in range(n)]
-
-    def capacity(until):
-        """Positions of a row that is to hold `until` new tokens and a check."""
-        return len(prompt_ids) + until + stop.m
-
-    require_rows(model, n, capacity(stages[0][0]))
-    batch = Batch(model, paths, n, capacity(stages[0][0]), max_new_tokens, sampling, eos_ids, bar)
-    ends = [checkpoint for checkpoint, _ in stages[1:]] + [max_new_tokens]
-    alive = paths
-    for (checkpoint, keep), next_end in zip(stages, ends):
-        batch.decode(until=checkpoint)                # Launch: all paths up to the checkpoint
+    batch = Batch(model, paths, n, capacities[0], max_new_tokens, sampling, eos_ids, bar)
+    alive = list(paths)
+    for stage, capacity in zip(stages, capacities[1:]):
+        batch.decode(until=stage.checkpoint)          # Launch: all paths up to the checkpoint
         score_live(model, stop, batch)                # Check: [STOP] on the cache, which stays as it was
         score_ended(model, stop, alive)               #        ended paths have left it: prefilled again
-        alive, pruned = rank(alive, keep)
-        batch.prune(pruned, capacity(next_end))       # Resume: the best k; the others' rows are freed
+        alive, pruned = rank(alive, stage.keep)
+        batch.prune(pruned)                           # Resume: the best go on, the others' rows are freed
+        new_paths = batch.resume(stage.branch, capacity)
+        alive += new_paths
+        paths += new_paths
         if on_check is not None:
-            on_check(checkpoint, paths, alive)
+            on_check(stage.checkpoint, paths, alive)
+    if answer_of is not None:
+        batch.on_end = stop_when_decided(batch, alive, answer_of, kind)
     batch.decode(until=max_new_tokens)
     return paths
 
 
 def check_stages(stages, n, max_new_tokens):
-    """Raise ValueError unless checkpoints rise and ever fewer paths are kept."""
+    """Raise ValueError unless checkpoints rise and no check keeps more paths than there are."""
     earlier = 0
     had = n
-    for checkpoint, keep in stages:
-        if not earlier < checkpoint < max_new_tokens:
+    for stage in stages:
+        if not earlier < stage.checkpoint < max_new_tokens:
             raise ValueError(
-                f"prefix: found {checkpoint}, expected {earlier + 1} to {max_new_tokens - 1}")
-        if not 1 <= keep <= had:
-            raise ValueError(f"keep: found {keep}, expected 1 to {had}")
-        earlier = checkpoint
-        had = keep
+                f"prefix: found {stage.checkpoint}, expected {earlier + 1} to {max_new_tokens - 1}")
+        if not 1 <= stage.keep <= had:
+            raise ValueError(f"keep: found {stage.keep}, expected 1 to {had}")
+        if stage.branch < 1:
+            raise ValueError(f"branch: found {stage.branch}, expected at least 1")
+        earlier = stage.checkpoint
+        had = stage.keep * stage.branch
 
 
-def require_rows(model, n, capacity):
-    """Raise ValueError where n rows of `capacity` positions do not fit the free memory: all prefixes are
-    held until they are checked."""
+def require_rows(model, n, stages, capacities):
+    """Raise ValueError where the rows of a stretch do not fit the free memory: all prefixes are held
+    until they are checked. capacities: positions of a row before each check, and behind the last."""
     element = model.model.embed_tokens.weight.element_size()
-    needed = n * memory.row_bytes(model.config, capacity, element)
     free = memory.free_bytes(model.device)
-    if needed > free:
-        raise ValueError(
-            f"n: found {n}, whose prefixes need {needed / memory.GB:.1f} GB, but {free / memory.GB:.1f} GB "
-            "are free: lower --n or --prefix")
+    rows = [n] + [stage.keep * stage.branch for stage in stages]
+    for count, capacity in zip(rows, capacities):
+        needed = count * memory.row_bytes(model.config, capacity, element)
+        if needed > free:
+            raise ValueError(
+                f"n: found {n}; {count} rows of {capacity:,} positions need {needed / memory.GB:.1f} GB, "
+                f"{free / memory.GB:.1f} GB are free: lower --n, --keep or --prefix")
 
 
 def score_live(model, stop, batch):
@@ -242,8 +270,8 @@ def score_ended(model, stop, paths):
 
 
 def rank(paths, keep):
-    """(the best `keep` paths, the others); ties go to the lower index."""
-    ranked = sorted(paths, key=lambda path: (-path.score, path.index))
+    """(the best `keep` paths, the others); ties go to the lower index, and to the lower branch."""
+    ranked = sorted(paths, key=lambda path: (-path.score, path.index, path.branches))
     return ranked[:keep], ranked[keep:]
 
 
@@ -264,6 +292,29 @@ def vote(answers, weights=None, kind="math"):
     return max(votes, key=votes.get) if votes else None
 
 
+def stop_when_decided(batch, paths, answer_of, kind):
+    """A function for batch.on_end that ends all paths as soon as neither vote of `paths`, by majority or
+    by score, can change any more."""
+    answers = {}  # name of an ended path -> its answer
+
+    def ended(path):
+        if path.status == "decided":
+            return
+        done = [other for other in paths if other.status != "running"]
+        running = [other for other in paths if other.status == "running"]
+        for other in done:
+            if other.name not in answers:
+                answers[other.name] = answer_of(other)
+        found = [answers[other.name] for other in done]
+        scores = [other.score for other in done]
+        open_scores = sum(other.score for other in running)
+        by_majority = is_decided(found, [1.0] * len(done), len(running), kind)
+        if by_majority and is_decided(found, scores, open_scores, kind):
+            batch.finish("decided")
+
+    return ended
+
+
 # ---------------------------------------------------------------------------------------- command line
 
 
@@ -281,18 +332,23 @@ class Settings(Common):
     budget: int | None = option(None, "all tokens to spend: the retention comes from the paper's guideline")
     task_length: int = option(8650, "tokens of a usual response, for the guideline")
     prefix: int | None = option(None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
-    cascade: str | None = option(None, "several checkpoints, checkpoint:keep, as in 2048:32,4096:16")
+    cascade: str | None = option(None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
+                                       "2048:32,4096:4x2")
+    branch: int = option(1, "how many paths each resumed prefix goes on as")
+    decide: bool = option(True, "stop when the running paths can no longer change the vote")
     kind: str = option("math", "math or choice: what the answer is")
 
 
 def parse_cascade(text):
-    """"2048:32,4096:16" -> [(2048, 32), (4096, 16)]: checkpoints, and how many paths each keeps."""
-    if not re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9})*", text, re.ASCII):
-        raise ValueError(f"cascade: found {text[:60]!r}, expected checkpoint:keep pairs as in 2048:32,4096:16")
+    """"2048:32,4096:4x2" -> [Stage(2048, 32, 1), Stage(4096, 4, 2)]: at 2,048 tokens 32 paths stay, at 4,096
+    tokens 4 that go on as 2 each."""
     stages = []
-    for stage in text.split(","):
-        checkpoint, keep = stage.split(":")
-        stages.append((int(checkpoint), int(keep)))
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})(?:x(\d{1,9}))?", part, re.ASCII)
+        if match is None:
+            raise ValueError(
+                f"cascade: found {shown(text)}, expected checkpoint:keep pairs as in 2048:32,4096:16")
+        stages.append(Stage(*(int(number) for number in match.groups("1"))))
     return stages
 
 
@@ -311,7 +367,7 @@ def show_check(checkpoint, paths, kept):
     """Print the scores of one check, the best first."""
     tqdm.write(f"check at {checkpoint} tokens: {len(kept)} of {len(paths)} paths go on")
     for path in sorted(paths, key=lambda path: -path.score):
-        tqdm.write(f"  path {path.index:4d}  score {path.score:.4f}  {path.status}")
+        tqdm.write(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
 
 
 def answer_prompt(model, stop, tokenizer, settings):
@@ -320,29 +376,35 @@ def answer_prompt(model, stop, tokenizer, settings):
     limit = room(model, prompt_ids, settings.max_new_tokens)
     prefix = settings.prefix
     if prefix is None:
-        prefix = stop.trained.get("settings", {}).get("prefix", 2048)
+        prefix = stop.trained_with("prefix", 2048)
     keep = paths_to_keep(settings, prefix)
     cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
 
     start = time.perf_counter()
     sampling = dataclasses.asdict(sampling_of(settings))
+
+    def answer_of(path):
+        return extract_answer(tokenizer.completion(path.ids), settings.kind)
+
     with token_bar("paths", settings.n * limit) as bar:
         paths = launch_check_resume(
-            model, stop, prompt_ids, settings.n, keep, prefix, cascade, limit, **sampling, bar=bar,
-            on_check=show_check)
+            model, stop, prompt_ids, settings.n, keep, prefix, cascade, limit, **sampling,
+            branch=settings.branch, answer_of=answer_of if settings.decide else None,
+            kind=settings.kind, bar=bar, on_check=show_check)
     seconds = time.perf_counter() - start
 
-    finished = [path for path in paths if path.status != "pruned"]
-    answers = [extract_answer(tokenizer.completion(path.ids), settings.kind) for path in finished]
+    finished = [path for path in paths if path.status in ("eos", "length")]
+    answers = [answer_of(path) for path in finished]
     for path, answer in zip(finished, answers):
-        print(f"path {path.index} ({path.status}, {len(path.ids)} tokens, score {path.score:.4f}): {answer}")
-    spent = sum(len(path.ids) for path in paths)
+        print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, score {path.score:.4f}): {answer}")
+    spent = sum(len(path.ids) - path.inherited for path in paths)
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = settings.n * sum(len(path.ids) for path in finished) / len(finished)
     print(json.dumps({
         "majority": vote(answers, kind=settings.kind),
         "weighted": vote(answers, [path.score for path in finished], settings.kind),
-        "kept": len(finished),
+        "kept": sum(path.status != "pruned" for path in paths),
+        "decided_early": sum(path.status == "decided" for path in paths),
         "n": settings.n,
         "tokens": spent,
         "tokens_saved_estimate": round(1 - spent / unpruned, 4),
@@ -389,6 +451,7 @@ def score_prefixes(model, stop, settings):
 
 def main(settings):
     """Answer a prompt, or score a file of prefixes; the last line is one JSON object."""
+    check(settings)
     given = [flag for flag in ("prompt", "score", "out", "trace") if getattr(settings, flag) is not None]
     if given != ["prompt"] and given[:1] != ["score"]:
         found = " --".join(given or ["none"])
@@ -403,7 +466,17 @@ def main(settings):
 
 def recipe(flags):
     """Scores are made in float32 unless --dtype says otherwise: they are what others check against."""
-    return {"dtype": "float32"} if "score" in flags else {}
+    return ({"dtype": "float32"} if "score" in flags else {}), None
+
+
+def check(settings):
+    """Raise ValueError on settings that cannot be, before any work is done."""
+    sampling_of(settings)
+    require_positive(settings, "max_new_tokens", "batch", "n", "keep", "retention", "budget",
+                     "task_length", "prefix", "branch")
+    require_choice(settings, "kind", "math", "choice")
+    if settings.retention is not None and settings.retention > 1:
+        raise ValueError(f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
 
 
 if __name__ == "__main__":

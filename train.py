@@ -17,6 +17,7 @@ import io
 import json
 import math
 import pathlib
+import time
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -25,14 +26,16 @@ from eval import auroc, pairwise_accuracy, summary
 from eval import run as evaluate_run
 from plumbing import memory, processes
 from plumbing.answers import extract_answer, same_answer
-from plumbing.checkpoint import find_folder, weights_digest
-from plumbing.command_line import Common, command_line, option
+from plumbing.checkpoint import find_folder
+from plumbing.command_line import (
+    Common, command_line, option, require_choice, require_positive, shown)
 from plumbing.labels import read_prefixes
+from plumbing.plan import Plan
 from plumbing.problems import read_problems, read_sources, without_held_out
 from plumbing.records import (
     Job, claim, digest, locked, read_json, read_sealed, write_sealed)
 from sample import (
-    check_prompts, model_digest, open_model, prefill, require_finite, room, sample_all, sample_paths,
+    check_prompts, decoding_rate, model_digest, open_model, prefill, require_finite, room, sample_all, sample_paths,
     sampling_of, token_bar)
 from stop import Stop
 
@@ -72,45 +75,40 @@ class Settings(Common):
     cache_gb: float | None = option(None, "prefixes' KV caches kept between epochs (default: half of the free memory)")
     n: int = option(64, "evaluation: paths a problem")
     keep: int = option(8, "evaluation: paths kept")
+    plan: bool = option(False, "only say what the run will take, and end")
 
 
-NO_PART_OF_A_RUN = ("batch", "device", "cache_gb", "out")  # settings that change no result
+NO_PART_OF_A_RUN = ("batch", "device", "cache_gb", "out", "plan")  # settings that change no result
 
 
 def recipe(flags):
-    """A checkpoint's own defaults: recipe.json in its directory, if it is there."""
+    """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, if it is there."""
     file = pathlib.Path(flags.get("model", Settings.model)) / "recipe.json"
-    content = read_json(file) if file.is_file() else {}
-    known = {field.name for field in dataclasses.fields(Settings)}
-    for key in content:
-        if key not in known:
-            raise ValueError(f"{file}: {key}: found {content[key]!r}, expected no such setting")
-    return content
+    return (read_json(file) if file.is_file() else {}), file
 
 
 def check(settings):
     """Raise ValueError on settings that cannot be, before any work is done."""
     def require(name, fine, expected):
         if not fine:
-            raise ValueError(f"{name}: found {getattr(settings, name)!r}, expected {expected}")
+            raise ValueError(f"{name}: found {shown(getattr(settings, name))}, expected {expected}")
 
     sampling_of(settings)
-    positive = ("paths", "prefix", "prefixes", "rollouts", "batch", "m", "rank", "epochs", "batch_size",
-                "accumulation", "n", "keep", "lr", "problems", "alpha", "max_new_tokens")
-    for name in positive:
-        value = getattr(settings, name)
-        require(name, value is None or 0 < value < math.inf, "more than 0")
+    require_positive(
+        settings, "max_new_tokens", "batch", "problems", "paths", "prefix", "prefixes", "rollouts", "m",
+        "rank", "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
+    require_choice(settings, "head", "sigmoid", "softmax")
     require("prefixes", settings.prefixes <= settings.paths, f"at most paths = {settings.paths}")
     require("low", settings.low >= 0, "at least 0")
     require("high", settings.low <= settings.high <= settings.paths,
             f"{settings.low} to paths, {settings.paths}")
     require("keep", settings.keep <= settings.n, f"at most n = {settings.n}")
-    require("head", settings.head in ("sigmoid", "softmax"), "sigmoid or softmax")
     require("validation", 0 < settings.validation < 1, "a share in (0, 1)")
     require("dropout", 0 <= settings.dropout < 1, "a share in [0, 1)")
-    for name in ("weight_decay", "clip", "warmup", "cache_gb"):
-        value = getattr(settings, name)
-        require(name, value is None or 0 <= value < math.inf, "0 or more")
+    require("weight_decay", settings.weight_decay >= 0, "0 or more")
+    require("clip", settings.clip >= 0, "0 or more")
+    require("warmup", settings.warmup >= 0, "0 or more")
+    require("cache_gb", settings.cache_gb is None or settings.cache_gb >= 0, "0 or more")
 
 
 # -------------------------------------------------------------------------- supervision (section 4)
@@ -124,7 +122,7 @@ class Example:
     problem: str   # which problem it belongs to
 
 
-def make_labels(model, tokenizer, problems, settings, out):
+def make_labels(model, tokenizer, problems, settings, out, plan):
     """Soft labels of prefixes, a record each in out/labels.jsonl; -> the records, in order."""
     sampling = sampling_of(settings)
     records = sample_paths(model, tokenizer, problems, out, settings.paths, settings.max_new_tokens,
@@ -132,8 +130,10 @@ def make_labels(model, tokenizer, problems, settings, out):
     staying = stratify(records, settings)
     pairs = [(record, problem) for record, problem, stays in zip(records, problems, staying) if stays]
     if processes.is_first():
-        print(f"stratified: {len(pairs)} of {len(problems)} problems stay, with "
-              f"{len(pairs) * settings.prefixes} prefixes", flush=True)
+        prefixes = len(pairs) * settings.prefixes
+        print(f"stratified: {len(pairs)} of {len(problems)} problems stay, with {prefixes} prefixes",
+              flush=True)
+        restate(plan, records, prefixes, settings)
     return roll_out(model, tokenizer, pairs, settings, out)
 
 
@@ -308,7 +308,7 @@ def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
-    total = sum(processes.gather([total] if processes.count() == 1 else [total]))
+    total = sum(processes.gather([total]))
     return {"train_loss": total / len(prefixes.labels), **norms}
 
 
@@ -337,13 +337,11 @@ def fit(model, examples, settings, out, identity):
     returned. After each epoch all that shapes the next ones is in out/fit.pt: a killed run repeats at
     most one epoch."""
     training, validation = split(examples, settings.validation, settings.seed)
-    free = memory.free_bytes(model.device) / 2 if settings.cache_gb is None else settings.cache_gb * 2 ** 30
+    free = cache_bytes(model, settings)
     prepare = functools.partial(Prefixes, model, batch_size=settings.batch_size, m=settings.m)
     training = prepare(training, cache_bytes=free * (1 - settings.validation))
     validation = prepare(validation, cache_bytes=free * settings.validation)
-    targets = None if settings.targets is None else settings.targets.split(",")
-    stop = Stop(model, settings.m, settings.rank, settings.alpha, targets, settings.head,
-                settings.shared, settings.dropout, settings.seed)
+    stop = new_stop(model, settings)
     optimizer = torch.optim.AdamW(stop.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     first, best = resume_fit(stop, optimizer, out, identity)
     if processes.is_first():
@@ -367,6 +365,20 @@ def fit(model, examples, settings, out, identity):
                 save_fit(stop, optimizer, out, identity, epoch + 1, best)
     processes.wait_for_all()
     return Stop.load(out / "stop", model)
+
+
+def new_stop(model, settings):
+    """An untrained Stop."""
+    targets = None if settings.targets is None else settings.targets.split(",")
+    return Stop(model, settings.m, settings.rank, settings.alpha, targets, settings.head,
+                settings.shared, settings.dropout, settings.seed)
+
+
+def cache_bytes(model, settings):
+    """Bytes of KV caches that a fit may keep between epochs."""
+    if settings.cache_gb is not None:
+        return settings.cache_gb * 2 ** 30
+    return memory.free_bytes(model.device) / 2
 
 
 def describe(prefixes, name):
@@ -396,6 +408,68 @@ def resume_fit(stop, optimizer, out, identity):
     return state["epochs"], state["best"]
 
 
+# --------------------------------------------------------------------------------------- the plan
+
+
+def make_plan(model, prompts, prefixes, tests, settings):
+    """The Plan of a run from prompts (of its problems, or else of its tests) and the number of prefixes,
+    with every path as long as it may be. Rates are measured by a few steps."""
+    limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
+    capacity = max(len(prompt) for prompt in prompts) + limit
+    labelling = settings.labels is None
+    problems = len(prompts) if labelling else 0
+    paths = problems * settings.paths + len(tests) * settings.n
+    rows = memory.choose_rows(model, capacity, settings.batch)
+    print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)
+    rate = decoding_rate(model, prompts, max(1, min(rows, paths)), limit, sampling_of(settings))
+    longest = max(prompts, key=len)
+    return Plan(
+        problems=problems,
+        paths=settings.paths,
+        prefixes=prefixes,
+        rollouts=settings.rollouts if labelling else 0,
+        tests=len(tests),
+        n=settings.n,
+        path_length=limit,
+        rollout_length=max(0, limit - settings.prefix),
+        rate=rate * processes.count(),
+        fit_seconds=fit_seconds(model, longest, prefixes, settings) / processes.count())
+
+
+def fit_seconds(model, prompt, prefixes, settings):
+    """How long a fit on so many prefixes takes, from one pass over prefixes of the usual length."""
+    ids = (prompt * (settings.prefix // len(prompt) + 2))[:len(prompt) + settings.prefix]
+    examples = [Example(ids, 0.5, "")] * min(settings.batch_size, prefixes)
+    stop = new_stop(model, settings)
+    seconds = []
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        batch = Prefixes(model, examples, settings.batch_size, settings.m, cache_bytes=0)
+        cache, labels = batch[0]
+        read = time.perf_counter()
+        stop.loss(stop(model, cache), labels).backward()
+        seconds = [read - start, time.perf_counter() - read]
+    reading, step = seconds
+    passes = math.ceil(prefixes / settings.batch_size)
+    kept = cache.nbytes * passes <= cache_bytes(model, settings)
+    return passes * (reading * (1 if kept else settings.epochs) + step * settings.epochs)
+
+
+def restate(plan, records, prefixes, settings):
+    """Print the plan again once the paths are there: their lengths and the prefixes that stay are known."""
+    lengths = [len(path) for record in records for path in record["paths"]]
+    beyond = [length - settings.prefix for length in lengths if length > settings.prefix]
+    plan = dataclasses.replace(
+        plan,
+        problems=0,
+        prefixes=prefixes,
+        path_length=sum(lengths) / len(lengths),
+        rollout_length=sum(beyond) / len(lengths),
+        fit_seconds=plan.fit_seconds * prefixes / plan.prefixes)
+    print(f"plan: paths have {plan.path_length:,.0f} tokens on average; still to come: "
+          f"{plan.describe_hours()}", flush=True)
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -408,32 +482,74 @@ def training_problems(settings, folder, tests):
     return problems[:settings.problems]
 
 
-def run(settings, model, tokenizer, folder, out):
-    """Make labels (unless given), fit, evaluate (where there are held-out problems)."""
+@dataclasses.dataclass
+class Material:
+    """What a run starts from."""
+    problems: list        # to make labels from; empty where labels are given
+    examples: list | None  # the labels that are given
+    tests: list           # held-out problems
+
+
+def read_material(settings, model, tokenizer, folder):
+    """The Material that the settings name. ValueError on whatever is wrong with it."""
     test = settings.test
     if test is None and (folder / "test.jsonl").is_file():
         test = folder / "test.jsonl"
     tests = read_problems(test) if test else []
-    results = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NO_PART_OF_A_RUN}
     if settings.labels:
         examples = given_labels(settings.labels, model, tokenizer, settings.m, tests)
-        split(examples, settings.validation, settings.seed)
-        content = [dataclasses.asdict(example) for example in examples]
-    else:
-        problems = training_problems(settings, folder, tests)
-        content = [dataclasses.asdict(problem) for problem in problems]
-    results |= {"content": digest(content), "weights": model_digest(model)}
-    claim(out / "settings.json", results)
-    if not settings.labels:
-        labels = make_labels(model, tokenizer, problems, settings, out)
+        split(examples, settings.validation, settings.seed)  # refuses labels of one problem alone
+        return Material([], examples, tests)
+    return Material(training_problems(settings, folder, tests), None, tests)
+
+
+def plan_of(material, model, tokenizer, settings):
+    """The Plan of a run on this material."""
+    prompts = [tokenizer.ask(problem) for problem in material.problems or material.tests]
+    prefixes = len(prompts) * settings.prefixes
+    if material.examples is not None:
+        prefixes = len(material.examples)
+    if not prompts:
+        prompts = [example.ids[:-settings.prefix] or example.ids for example in material.examples]
+    return make_plan(model, prompts, prefixes, material.tests, settings)
+
+
+def run(settings, model, tokenizer, folder, out):
+    """Make labels (unless given), fit, evaluate (where there are held-out problems)."""
+    material = read_material(settings, model, tokenizer, folder)
+    plan = plan_of(material, model, tokenizer, settings)
+    if processes.is_first():
+        for line in [*plan.describe_work(), f"at most {plan.describe_hours()}"]:
+            print(f"plan: {line}", flush=True)
+    if settings.plan:
+        return
+    identity = claim_run(settings, model, material, out)
+    examples = material.examples
+    if examples is None:
+        labels = make_labels(model, tokenizer, material.problems, settings, out, plan)
         examples = [Example(label["prefix_token_ids"], label["soft_label"], label["id"]) for label in labels]
-    identity = digest(results, [dataclasses.asdict(example) for example in examples])
+        split(examples, settings.validation, settings.seed)
+    identity = digest(identity, [dataclasses.asdict(example) for example in examples])
     stop = fit(model, examples, settings, out, identity)
     scores = {}
-    if tests:
-        scores = summary(evaluate_run(model, tokenizer, stop, tests, settings, out))
+    if material.tests:
+        report = evaluate_run(model, tokenizer, stop, material.tests, settings, out)
+        scores = summary(report)
     if processes.is_first():
-        print(json.dumps({"out": str(out), "stop": str(out / "stop"), **stop.trained["metrics"], **scores}))
+        print(json.dumps(
+            {"out": str(out), "stop": str(out / "stop"), **stop.trained["metrics"], **scores}))
+
+
+def claim_run(settings, model, material, out):
+    """Make the folder this run's: its settings.json says what run it is. -> digits that stand for it.
+    ValueError where the folder holds another run."""
+    known = dataclasses.asdict(settings)
+    for name in NO_PART_OF_A_RUN:
+        del known[name]
+    content = dataclasses.asdict(material)
+    known |= {"content": digest(content), "weights": model_digest(model)}
+    claim(out / "settings.json", known)
+    return digest(known)
 
 
 def main(settings):
@@ -441,6 +557,9 @@ def main(settings):
     check(settings)
     model, tokenizer = open_model(settings)
     out = pathlib.Path(settings.out or pathlib.Path("runs") / pathlib.Path(settings.model).name)
+    if settings.plan:
+        run(settings, model, tokenizer, find_folder(settings.model), out)
+        return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if processes.is_first() else contextlib.nullcontext():
         run(settings, model, tokenizer, find_folder(settings.model), out)

@@ -87,6 +87,15 @@ def choose_rows(model, capacity, batch=None):
     return rows_that_fit(model.config, capacity, element, free_bytes(model.device))
 
 
+def describe_rows(model, rows, capacity):
+    """One line on the rows decoded at a time."""
+    element = model.model.embed_tokens.weight.element_size()
+    taken = rows * row_bytes(model.config, capacity, element)
+    free = free_bytes(model.device)
+    return (f"{rows:,} rows at a time, {capacity:,} positions each: {taken / GB:.2f} GB "
+            f"of {free / GB:.1f} GB free")
+
+
 def require_weights(folder, needed, device):
     """Raise ValueError with both numbers where a model's weights (bytes) do not fit a device."""
     if torch.device(device).type == "meta":
