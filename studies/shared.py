@@ -1,0 +1,209 @@
+"""What several studies share: flags, a model with its STOP and its judge, and stored paths.
+
+No study itself, and not run: attention.py, overhead.py, scaling.py, guideline.py, judge.py and
+ablations.py import it. Letters: n paths a problem are stored, N of them are launched.
+"""
+import collections
+import csv
+import dataclasses
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from baselines import progress
+from model import Decoder
+from plumbing.answers import same_answer
+from plumbing.checkpoint import find_folder
+from plumbing.command_line import Common, option, require_positive, shown
+from plumbing.problems import read_problems
+from plumbing.records import write_atomic
+from plumbing.tokenizer import Tokenizer
+from sample import open_model, sample_paths, sampling_of
+from stop import Stop
+
+
+def require(name, fits, found, expected):
+    """ValueError unless a setting fits."""
+    if not fits:
+        raise ValueError(f"{name}: found {shown(found)}, expected {expected}")
+
+
+def numbers(name, text, kind=int):
+    """The positive numbers in a flag's text, with commas between: a list of `kind`."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    positive = all(0 < number < math.inf for number in found)
+    require(name, positive, text, "positive numbers with commas")
+    return found
+
+
+def labels_file(settings):
+    """The labels of --labels, or those of train.py's run of this model."""
+    run = Path("runs") / Path(settings.model).name
+    return Path(settings.labels or run / "labels.jsonl")
+
+
+# A model with its STOP and judge
+
+
+@dataclasses.dataclass(kw_only=True)
+class StopSettings(Common):
+    """Flags of a study of a trained STOP."""
+    stop: str | None = option(
+        None, "folder of the trained STOP (default: stop/ in the model's directory)")
+    data: str | None = option(None, "problems (default: test.jsonl in the model's directory)")
+
+
+def load_stop(settings, model):
+    """The Stop of --stop, or the one in the model's directory."""
+    return Stop.load(settings.stop or find_folder(settings.model) / "stop", model)
+
+
+def load_problems(settings):
+    """The problems of --data, or those in the model's directory."""
+    source = settings.data or find_folder(settings.model) / "test.jsonl"
+    problems = read_problems(source)
+    if not problems:
+        raise ValueError(f"{source}: found no problem, expected at least 1")
+    return problems
+
+
+def load_judge(settings):
+    """(Decoder, Tokenizer) of --judge, or of judge/ in the model's directory; None without both."""
+    path = settings.judge
+    beside = find_folder(settings.model) / "judge"
+    if path is None and beside.is_dir():
+        path = str(beside)
+    if path is None:
+        return None
+    return open_model(dataclasses.replace(settings, model=path, chat_format=None))
+
+
+# Stored paths
+
+
+@dataclasses.dataclass(kw_only=True)
+class StoredSettings(StopSettings):
+    """Flags of a study on stored paths."""
+    stored: str = option(
+        "runs/eval", "folder of the stored paths: eval.py's, or they are sampled into it")
+    problems: int | None = option(None, "only the first so many problems")
+    n: int = option(64, "paths a problem")
+    prefixes: str | None = option(
+        None, "checkpoints, as in 512,1024 (default: 1/2, 1, 3/2 and 2 times STOP's own)")
+    draws: int = option(8, "random orders of a problem's paths, of which smaller N are the first")
+
+
+@dataclasses.dataclass
+class Stored:
+    """Stored paths, and what they were made with."""
+    model: Decoder
+    tokenizer: Tokenizer
+    stop: Stop
+    problems: list   # of Problem
+    records: list    # of sample.sample_paths, in the order of the problems
+    prefixes: list   # checkpoints to try, in new tokens
+
+    @property
+    def shape(self):
+        """(problems, n)."""
+        return len(self.records), len(self.records[0]["paths"])
+
+
+def open_stored(settings):
+    """The Stored of a study's settings (StoredSettings). Paths that are not there are sampled."""
+    require_positive(settings, "n", "draws", "problems", "max_new_tokens", "batch")
+    model, tokenizer = open_model(settings)
+    stop = load_stop(settings, model)
+    problems = load_problems(settings)[:settings.problems]
+    prefixes = checkpoints(settings, stop)
+    limit = settings.max_new_tokens
+    if limit is None:
+        limit = stop.trained_with("max_new_tokens", None)
+    records = sample_paths(
+        model, tokenizer, problems, Path(settings.stored), settings.n, limit,
+        sampling_of(settings), settings.batch)
+    return Stored(model, tokenizer, stop, problems, records, prefixes)
+
+
+def checkpoints(settings, stop):
+    """The checkpoints of --prefixes, or some around the one that STOP was trained for."""
+    if settings.prefixes is not None:
+        return numbers("prefixes", settings.prefixes)
+    own = stop.trained_with("prefix", 2048)
+    return [max(1, own // 2), own, own * 3 // 2, own * 2]
+
+
+def stop_scores(stored, prefix):
+    """STOP's chances for the first `prefix` tokens of every path: (problems, n) float64."""
+    prefixes = []
+    for record in stored.records:
+        prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
+    with progress(len(prefixes), "prefix", f"check at {prefix}") as bar:
+        chances = stored.stop.score(stored.model, prefixes, batch=64, bar=bar)
+    return chances.double().cpu().numpy().reshape(stored.shape)
+
+
+def path_lengths(records):
+    """Tokens of every path: (problems, n) int64."""
+    return np.array([list(map(len, record["paths"])) for record in records])
+
+
+def orders(records, draws, seed):
+    """Random orders of each problem's paths, the same for every scorer: (draws, problems, n)."""
+    generator = np.random.default_rng(seed)
+    n = len(records[0]["paths"])
+    sorted_paths = np.tile(np.arange(n), (draws, len(records), 1))
+    return generator.permuted(sorted_paths, axis=2)
+
+
+# Votes
+
+
+def group_answers(record, kind):
+    """Which paths of a record vote together: for each path the index of the first one with an equal
+    answer, None without an answer. Made once, it spares comparing answers in every vote."""
+    answers = record["answers"]
+    firsts = []
+    groups = []
+    for i, answer in enumerate(answers):
+        if answer is None:
+            groups.append(None)
+            continue
+        equals = (first for first in firsts if same_answer(answer, answers[first], kind))
+        group = next(equals, i)
+        if group == i:
+            firsts.append(i)
+        groups.append(group)
+    return groups
+
+
+def vote_is_right(chosen, groups, right):
+    """1.0 if the answer with most votes among the chosen paths (indices) is right, else 0.0. A tie
+    goes to the answer that came first; without any answer the vote is wrong."""
+    votes = collections.Counter(groups[i] for i in chosen if groups[i] is not None)
+    if not votes:
+        return 0.0
+    winner = max(votes, key=votes.get)
+    return float(right[winner])
+
+
+# Tables
+
+
+def write_table(file, rows):
+    """Write rows, dicts of the same keys, as CSV; floats with four decimals."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = dict(row)
+        for key, value in row.items():
+            if isinstance(value, float):
+                cells[key] = f"{value:.4f}"
+        writer.writerow(cells)
+    write_atomic(file, text.getvalue())
