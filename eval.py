@@ -8,6 +8,7 @@ N full paths of each problem are sampled once, graded and stored. Every scorer, 
 scores their prefixes, the best k of each problem are kept, and the kept paths are compared. The
 tokens of a path do not depend on which others are pruned: all scorers choose among the same paths.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,7 +26,7 @@ from plumbing.answers import same_answer
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, command_line, option
 from plumbing.problems import read_problems
-from plumbing.records import write_atomic
+from plumbing.records import locked, write_atomic
 from sample import check_prompts, open_model, room, sample_paths, sampling_of
 from stop import Stop, launch_check_resume, vote
 
@@ -290,15 +291,15 @@ def check(settings, window, aggregate):
         raise ValueError(f"judge_aggregate: found {aggregate!r}, expected last, min or mean")
 
 
-def resolve(settings, trained, model, prompts):
-    """The settings with the checkpoint and the limit filled in: as asked; else as in `trained`, the
-    settings STOP was trained with; else 2048, and what the context leaves to the longest prompt."""
+def resolve(settings, stop, model, prompts):
+    """The settings with the checkpoint and the limit filled in: as asked; else as STOP was trained;
+    else 2048, and what the context leaves to the longest prompt."""
     prefix = settings.prefix
     if prefix is None:
-        prefix = trained.get("prefix", 2048)
+        prefix = stop.trained_for()[0]
     limit = settings.max_new_tokens
     if limit is None:
-        limit = trained.get("max_new_tokens")
+        limit = stop.trained_limit()
     limit = min(room(model, prompt, limit) for prompt in prompts)
     return dataclasses.replace(settings, prefix=prefix, max_new_tokens=limit)
 
@@ -351,7 +352,7 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
     if not problems:
         raise ValueError("problems: found 0, expected at least 1")
     prompts = [tokenizer.ask(problem) for problem in problems]
-    settings = resolve(settings, stop.trained.get("settings", {}), model, prompts)
+    settings = resolve(settings, stop, model, prompts)
     prefix = settings.prefix
     limit = settings.max_new_tokens
     if window is None:
@@ -401,9 +402,12 @@ def main(settings):
         judge = str(folder / "judge")
     if judge is not None:
         judge = open_model(dataclasses.replace(settings, model=judge, chat_format=None))
-    report = run(
-        model, tokenizer, stop, problems, settings, Path(settings.out), judge,
-        settings.window, settings.judge_aggregate, settings.verify)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out) if processes.is_first() else contextlib.nullcontext():
+        report = run(
+            model, tokenizer, stop, problems, settings, out, judge, settings.window,
+            settings.judge_aggregate, settings.verify)
     if processes.is_first():
         print(json.dumps({"out": settings.out, **summary(report)}))
 

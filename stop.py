@@ -106,14 +106,18 @@ class Stop(torch.nn.Module):
         require_finite(scores, "STOP's score")
         return scores
 
-    def trained_with(self, name, default):
-        """A length (in tokens) that it was trained with, or the default where that is not known."""
-        value = self.trained.get("settings", {}).get(name)
-        if value is None:
-            return default
-        if type(value) is not int or value < 1:
-            raise ValueError(f"stop.json: trained: {name}: found {shown(value)}, expected a positive integer")
-        return value
+    def trained_for(self):
+        """The checkpoints (in new tokens) whose prefixes it was trained on, the usual one first."""
+        found = self.trained.get("settings", {}).get("prefix", 2048)
+        return parse_checkpoints(str(found))
+
+    def trained_limit(self):
+        """The limit of a path, in new tokens, that it was trained with; None: what the context left."""
+        limit = self.trained.get("settings", {}).get("max_new_tokens")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(
+                f"stop.json: max_new_tokens: found {shown(limit)}, expected a positive integer")
+        return limit
 
     def about(self):
         """What must agree between a saved STOP's two files, and with the model it is loaded for."""
@@ -339,6 +343,15 @@ class Settings(Common):
     kind: str = option("math", "math or choice: what the answer is")
 
 
+def parse_checkpoints(text):
+    """"2048,1024" -> [2048, 1024]: different numbers of new tokens."""
+    if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text, re.ASCII):
+        checkpoints = [int(number) for number in text.split(",")]
+        if len(set(checkpoints)) == len(checkpoints):
+            return checkpoints
+    raise ValueError(f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
+
+
 def parse_cascade(text):
     """"2048:32,4096:4x2" -> [Stage(2048, 32, 1), Stage(4096, 4, 2)]: at 2,048 tokens 32 paths stay, at 4,096
     tokens 4 that go on as 2 each."""
@@ -376,7 +389,7 @@ def answer_prompt(model, stop, tokenizer, settings):
     limit = room(model, prompt_ids, settings.max_new_tokens)
     prefix = settings.prefix
     if prefix is None:
-        prefix = stop.trained_with("prefix", 2048)
+        prefix = stop.trained_for()[0]
     keep = paths_to_keep(settings, prefix)
     cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
 

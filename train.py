@@ -31,13 +31,13 @@ from plumbing.command_line import (
     Common, command_line, option, require_choice, require_positive, shown)
 from plumbing.labels import read_prefixes
 from plumbing.plan import Plan
-from plumbing.problems import read_problems, read_sources, without_held_out
+from plumbing.problems import Problem, read_problems, read_sources, without_held_out
 from plumbing.records import (
     Job, claim, digest, locked, read_json, read_sealed, write_sealed)
 from sample import (
     check_prompts, decoding_rate, model_digest, open_model, prefill, require_finite, room, sample_all, sample_paths,
     sampling_of, token_bar)
-from stop import Stop
+from stop import Stop, parse_checkpoints
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,8 +53,9 @@ class Settings(Common):
     paths: int = option(32, "paths a problem, to stratify")
     low: int = option(4, "fewest right paths of a problem that stays")
     high: int = option(28, "most right paths of a problem that stays")
-    prefix: int = option(2048, "the checkpoint: new tokens of a prefix")
-    prefixes: int = option(32, "prefixes a problem, the first of its paths")
+    prefix: str = option("2048", "the checkpoint: new tokens of a prefix; or several, as in 2048,1024,4096, "
+                                 "of which the first is the usual one of stop.py and eval.py")
+    prefixes: int = option(32, "prefixes a problem and checkpoint, of its first paths")
     rollouts: int = option(32, "continuations of a prefix")
     m: int = option(4, "[STOP] tokens")
     shared: bool = option(False, "one vector for all [STOP] tokens, as the authors' code has it")
@@ -84,7 +85,10 @@ NO_PART_OF_A_RUN = ("batch", "device", "cache_gb", "out", "plan")  # settings th
 def recipe(flags):
     """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, if it is there."""
     file = pathlib.Path(flags.get("model", Settings.model)) / "recipe.json"
-    return (read_json(file) if file.is_file() else {}), file
+    content = read_json(file) if file.is_file() else {}
+    if type(content.get("prefix")) is int:
+        content["prefix"] = str(content["prefix"])
+    return content, file
 
 
 def check(settings):
@@ -95,8 +99,9 @@ def check(settings):
 
     sampling_of(settings)
     require_positive(
-        settings, "max_new_tokens", "batch", "problems", "paths", "prefix", "prefixes", "rollouts", "m",
-        "rank", "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
+        settings, "max_new_tokens", "batch", "problems", "paths", "prefixes", "rollouts", "m", "rank",
+        "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
+    parse_checkpoints(settings.prefix)
     require_choice(settings, "head", "sigmoid", "softmax")
     require("prefixes", settings.prefixes <= settings.paths, f"at most paths = {settings.paths}")
     require("low", settings.low >= 0, "at least 0")
@@ -120,6 +125,7 @@ class Example:
     ids: list      # prompt + prefix
     label: float   # share of its continuations that end right
     problem: str   # which problem it belongs to
+    checkpoint: int | None  # where its path was cut; None: not known
 
 
 def make_labels(model, tokenizer, problems, settings, out, plan):
@@ -128,13 +134,13 @@ def make_labels(model, tokenizer, problems, settings, out, plan):
     records = sample_paths(model, tokenizer, problems, out, settings.paths, settings.max_new_tokens,
                            sampling, settings.batch)
     staying = stratify(records, settings)
-    pairs = [(record, problem) for record, problem, stays in zip(records, problems, staying) if stays]
+    kept = [(record, problem) for record, problem, stays in zip(records, problems, staying) if stays]
+    cuts = cut_prefixes(kept, settings)
     if processes.is_first():
-        prefixes = len(pairs) * settings.prefixes
-        print(f"stratified: {len(pairs)} of {len(problems)} problems stay, with {prefixes} prefixes",
+        print(f"stratified: {len(kept)} of {len(problems)} problems stay, with {len(cuts)} prefixes",
               flush=True)
-        restate(plan, records, prefixes, settings)
-    return roll_out(model, tokenizer, pairs, settings, out)
+        restate(plan, records, cuts)
+    return roll_out(model, tokenizer, cuts, settings, out)
 
 
 def stratify(records, settings):
@@ -142,55 +148,94 @@ def stratify(records, settings):
     return [settings.low <= sum(record["right"]) <= settings.high for record in records]
 
 
-def roll_out(model, tokenizer, pairs, settings, out):
-    """The labels of the first prefixes of each (record, problem): the share of K continuations that end
-    right. A path that ended before the checkpoint is its own only continuation."""
-    K = settings.rollouts
-    heads = []
-    sources = []  # (record, problem, path number) of each label
+@dataclasses.dataclass
+class Cut:
+    """A stored path cut at a checkpoint: the prefix that is to get a label."""
+    record: dict      # of sample_paths
+    problem: Problem
+    number: int       # which of the record's paths
+    checkpoint: int   # in new tokens
+
+    @property
+    def path(self):
+        """The whole path's new tokens."""
+        return self.record["paths"][self.number]
+
+    @property
+    def prefix(self):
+        """The new tokens up to the checkpoint."""
+        return self.path[:self.checkpoint]
+
+    @property
+    def ended(self):
+        """Whether the path had ended by then."""
+        return len(self.path) <= self.checkpoint
+
+    def head(self):
+        """The fields of its label that say which one it is."""
+        return {"id": self.record["id"], "path": self.number, "checkpoint": self.checkpoint,
+                "prefix_token_ids": self.record["prompt_ids"] + self.prefix}
+
+
+def cut_prefixes(pairs, settings):
+    """The Cuts of (record, problem) pairs: their first paths at every checkpoint, an ended path once."""
+    cuts = []
     for record, problem in pairs:
         for number in range(settings.prefixes):
-            ids = record["prompt_ids"] + record["paths"][number][:settings.prefix]
-            heads.append({"id": record["id"], "path": number, "prefix_token_ids": ids})
-            sources.append((record, problem, number))
-    if not heads:
-        return []
-    limit = min(room(model, record["prompt_ids"], settings.max_new_tokens) for record, _ in pairs)
-    if limit <= settings.prefix:
-        raise ValueError(f"prefix: found {settings.prefix}, expected less than the limit of {limit} new tokens")
+            for checkpoint in sorted(parse_checkpoints(settings.prefix)):
+                cut = Cut(record, problem, number, checkpoint)
+                cuts.append(cut)
+                if cut.ended:
+                    break
+    return cuts
 
+
+def roll_out(model, tokenizer, cuts, settings, out):
+    """The soft labels of Cuts: the share of K continuations that end right. A path that has ended is its
+    own only continuation."""
+    if not cuts:
+        raise ValueError(f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
+                         "paths right, expected some to train on")
+    limit = min(room(model, cut.record["prompt_ids"], settings.max_new_tokens) for cut in cuts)
+    last = max(cut.checkpoint for cut in cuts)
+    if limit <= last:
+        raise ValueError(f"prefix: found {last}, expected less than the limit of {limit} new tokens")
+
+    K = settings.rollouts
     sampling = sampling_of(settings)
-    graded = [[problem.kind, problem.answer] for _, problem in pairs]
-    identity = digest(model_digest(model), dataclasses.asdict(sampling), graded, settings.prefix, K, limit)
-    job = Job(out / "labels.jsonl", identity, heads)
+    graded = [[cut.problem.kind, cut.problem.answer] for cut in cuts]
+    identity = digest(model_digest(model), dataclasses.asdict(sampling), graded, K, limit)
+    job = Job(out / "labels.jsonl", identity, [cut.head() for cut in cuts])
 
     def add(i, successes):
         job.add(i, {"soft_label": successes / K, "successes": successes, "rollouts": K})
 
-    unfinished = []
     with job:
+        running = []
         for i in processes.mine(job.todo()):
-            record, _, number = sources[i]
-            if len(record["paths"][number]) > settings.prefix:
-                unfinished.append(i)
+            if cuts[i].ended:
+                add(i, K * cuts[i].record["right"][cuts[i].number])
             else:
-                add(i, K * record["right"][number])
+                running.append(i)
+        for checkpoint in sorted({cuts[i].checkpoint for i in running}):
+            chosen = [i for i in running if cuts[i].checkpoint == checkpoint]
+            prompts = [job.heads[i]["prefix_token_ids"] for i in chosen]
 
-        def grade(place, paths):
-            i = unfinished[place]
-            record, problem, number = sources[i]
-            prefix = record["paths"][number][:settings.prefix]
-            successes = 0
-            for path in paths:
-                answer = extract_answer(tokenizer.completion(prefix + path.ids), problem.kind)
-                successes += same_answer(answer, problem.answer, problem.kind)
-            add(i, successes)
+            def grade(place, paths):
+                cut = cuts[chosen[place]]
+                add(chosen[place], count_right(tokenizer, cut, paths))
 
-        prompts = [heads[i]["prefix_token_ids"] for i in unfinished]
-        length = limit - settings.prefix
-        with token_bar("rollouts", len(prompts) * K * length) as bar:
-            sample_all(model, prompts, K, length, sampling, grade, batch=settings.batch, bar=bar)
+            length = limit - checkpoint
+            with token_bar(f"rollouts from {checkpoint}", len(prompts) * K * length) as bar:
+                sample_all(model, prompts, K, length, sampling, grade, batch=settings.batch, bar=bar)
     return job.finish()
+
+
+def count_right(tokenizer, cut, paths):
+    """How many of these continuations of a prefix end right."""
+    kind = cut.problem.kind
+    answers = [extract_answer(tokenizer.completion(cut.prefix + path.ids), kind) for path in paths]
+    return sum(same_answer(answer, cut.problem.answer, kind) for answer in answers)
 
 
 def given_labels(file, model, tokenizer, m, tests):
@@ -208,7 +253,7 @@ def given_labels(file, model, tokenizer, m, tests):
             if prefix.ids[:len(prompt)] == prompt:
                 raise ValueError(f"{file}:{prefix.line}: problem {prefix.problem} is held-out problem {name}")
         problem = f"line {prefix.line}" if prefix.problem is None else prefix.problem
-        examples.append(Example(prefix.ids, prefix.label, problem))
+        examples.append(Example(prefix.ids, prefix.label, problem, prefix.checkpoint))
     return examples
 
 
@@ -240,6 +285,7 @@ class Prefixes:
         self.m = m
         self.labels = torch.tensor([example.label for example in examples])
         self.problems = [example.problem for example in examples]
+        self.checkpoints = [example.checkpoint for example in examples]
         self.batches = []
         for start in range(0, len(examples), batch_size):
             self.batches.append(examples[start:start + batch_size])
@@ -261,20 +307,35 @@ class Prefixes:
 
 
 def validate(model, stop, prefixes):
-    """Metrics on the validation problems; AUROC counts a label of at least one half as positive."""
+    """Metrics on the validation problems, and those of each checkpoint where there are several."""
     stop.eval()
     own = processes.mine(range(len(prefixes.batches)))
     with torch.no_grad():
         logits = [stop(model, prefixes[i][0]).cpu() for i in own]
     logits = torch.cat(processes.gather(logits))
     scores = stop.chance(logits)
-    labels = prefixes.labels
     require_finite(scores, "validation: STOP's score")
-    return {
-        "validation_loss": stop.loss(logits, labels).item(),
+    metrics = {"validation_loss": stop.loss(logits, prefixes.labels).item()}
+    metrics |= discrimination(scores, prefixes.labels, prefixes.problems)
+    checkpoints = sorted(set(prefixes.checkpoints) - {None})
+    if len(checkpoints) > 1:
+        for checkpoint in checkpoints:
+            rows = [i for i, place in enumerate(prefixes.checkpoints) if place == checkpoint]
+            problems = [prefixes.problems[i] for i in rows]
+            of_checkpoint = discrimination(scores[rows], prefixes.labels[rows], problems)
+            for name, value in of_checkpoint.items():
+                metrics[f"{name}_{checkpoint}"] = value
+    return metrics
+
+
+def discrimination(scores, labels, problems):
+    """How well scores tell good prefixes from bad ones; None where that is not defined. AUROC counts a
+    label of at least one half as positive; `pairwise` looks within problems."""
+    values = {
         "auroc": auroc(scores, labels >= 0.5),
-        "pairwise": pairwise_accuracy(scores, labels, prefixes.problems),
+        "pairwise": pairwise_accuracy(scores, labels, problems),
         "mean_score": scores.mean().item()}
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def learning_rate(step, steps, settings):
@@ -356,8 +417,8 @@ def fit(model, examples, settings, out, identity):
             row = train_epoch(model, stop, optimizer, training, settings, epoch, bar)
             row |= validate(model, stop, validation)
             if processes.is_first():
-                values = ", ".join(f"{key} {value:.4g}" for key, value in row.items())
-                tqdm.write(f"epoch {epoch + 1}: {values}")
+                values = [f"{key} {value:.4g}" for key, value in row.items() if value is not None]
+                tqdm.write(f"epoch {epoch + 1}: {', '.join(values)}")
                 if row["validation_loss"] < best:
                     best = row["validation_loss"]
                     trained = {"settings": dataclasses.asdict(settings), "epoch": epoch + 1, "metrics": row}
@@ -416,6 +477,7 @@ def make_plan(model, prompts, prefixes, tests, settings):
     with every path as long as it may be. Rates are measured by a few steps."""
     limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
     capacity = max(len(prompt) for prompt in prompts) + limit
+    checkpoints = parse_checkpoints(settings.prefix)
     labelling = settings.labels is None
     problems = len(prompts) if labelling else 0
     paths = problems * settings.paths + len(tests) * settings.n
@@ -431,15 +493,17 @@ def make_plan(model, prompts, prefixes, tests, settings):
         tests=len(tests),
         n=settings.n,
         path_length=limit,
-        rollout_length=max(0, limit - settings.prefix),
+        rollout_length=max(0, limit - sum(checkpoints) / len(checkpoints)),
         rate=rate * processes.count(),
         fit_seconds=fit_seconds(model, longest, prefixes, settings) / processes.count())
 
 
 def fit_seconds(model, prompt, prefixes, settings):
     """How long a fit on so many prefixes takes, from one pass over prefixes of the usual length."""
-    ids = (prompt * (settings.prefix // len(prompt) + 2))[:len(prompt) + settings.prefix]
-    examples = [Example(ids, 0.5, "")] * min(settings.batch_size, prefixes)
+    checkpoints = parse_checkpoints(settings.prefix)
+    length = len(prompt) + sum(checkpoints) // len(checkpoints)
+    ids = (prompt * (length // len(prompt) + 1))[:length]
+    examples = [Example(ids, 0.5, "", None)] * min(settings.batch_size, prefixes)
     stop = new_stop(model, settings)
     seconds = []
     for _ in range(2):  # the first warms up
@@ -455,17 +519,17 @@ def fit_seconds(model, prompt, prefixes, settings):
     return passes * (reading * (1 if kept else settings.epochs) + step * settings.epochs)
 
 
-def restate(plan, records, prefixes, settings):
+def restate(plan, records, cuts):
     """Print the plan again once the paths are there: their lengths and the prefixes that stay are known."""
     lengths = [len(path) for record in records for path in record["paths"]]
-    beyond = [length - settings.prefix for length in lengths if length > settings.prefix]
+    beyond = [len(cut.path) - len(cut.prefix) for cut in cuts]
     plan = dataclasses.replace(
         plan,
         problems=0,
-        prefixes=prefixes,
+        prefixes=len(cuts),
         path_length=sum(lengths) / len(lengths),
-        rollout_length=sum(beyond) / len(lengths),
-        fit_seconds=plan.fit_seconds * prefixes / plan.prefixes)
+        rollout_length=sum(beyond) / max(1, len(beyond)),
+        fit_seconds=plan.fit_seconds * len(cuts) / plan.prefixes)
     print(f"plan: paths have {plan.path_length:,.0f} tokens on average; still to come: "
           f"{plan.describe_hours()}", flush=True)
 
@@ -506,11 +570,12 @@ def read_material(settings, model, tokenizer, folder):
 def plan_of(material, model, tokenizer, settings):
     """The Plan of a run on this material."""
     prompts = [tokenizer.ask(problem) for problem in material.problems or material.tests]
-    prefixes = len(prompts) * settings.prefixes
+    checkpoints = parse_checkpoints(settings.prefix)
+    prefixes = len(prompts) * settings.prefixes * len(checkpoints)
     if material.examples is not None:
         prefixes = len(material.examples)
     if not prompts:
-        prompts = [example.ids[:-settings.prefix] or example.ids for example in material.examples]
+        prompts = [example.ids[:-checkpoints[0]] or example.ids for example in material.examples]
     return make_plan(model, prompts, prefixes, material.tests, settings)
 
 
@@ -527,12 +592,16 @@ def run(settings, model, tokenizer, folder, out):
     examples = material.examples
     if examples is None:
         labels = make_labels(model, tokenizer, material.problems, settings, out, plan)
-        examples = [Example(label["prefix_token_ids"], label["soft_label"], label["id"]) for label in labels]
+        examples = []
+        for label in labels:
+            examples.append(Example(label["prefix_token_ids"], label["soft_label"], label["id"],
+                                    label["checkpoint"]))
         split(examples, settings.validation, settings.seed)
     identity = digest(identity, [dataclasses.asdict(example) for example in examples])
     stop = fit(model, examples, settings, out, identity)
     scores = {}
     if material.tests:
+        settings = dataclasses.replace(settings, prefix=None)  # the usual one of this STOP
         report = evaluate_run(model, tokenizer, stop, material.tests, settings, out)
         scores = summary(report)
     if processes.is_first():

@@ -18,6 +18,7 @@ class LabelledPrefix:
     ids: list              # prompt + prefix
     label: float | None    # share of its continuations that end right
     problem: str | None    # `id` or `problem_id`: which problem it belongs to
+    checkpoint: int | None # where its path was cut, in new tokens; None: not said
     line: int              # of its file
 
 
@@ -35,8 +36,13 @@ def read_prefixes(file, check):
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         problem = record.get("id", record.get("problem_id"))
+        problem = None if problem is None else str(problem)
         label = _read_label(record, place)
-        found.append(LabelledPrefix(ids, label, None if problem is None else str(problem), line))
+        checkpoint = record.get("checkpoint")
+        if checkpoint is not None and (type(checkpoint) is not int or checkpoint < 1):
+            raise ValueError(
+                f"{place}: checkpoint: found {shorten(checkpoint)}, expected a positive integer")
+        found.append(LabelledPrefix(ids, label, problem, checkpoint, line))
     if not found:
         raise ValueError(f"{file}: found no record, expected JSON lines with prefix_token_ids")
     return found
