@@ -73,7 +73,8 @@ class LoRA(nn.Module):
         return pair
 
     def at(self, active):
-        """The adapter of one pass: this LoRA at the positions where `active` (B, T) bool is true."""
+        """The adapter of one pass: this LoRA at the positions where `active` (B, T) bool is
+        true."""
         return Adapter(self, active)
 
 
@@ -84,7 +85,8 @@ class Adapter:
     active: torch.Tensor
 
     def join(self, name, x, y):
-        """y + (alpha / r) * 1[active] * B A x for the linear `name`: x (B, T, in), y (B, T, out)."""
+        """y + (alpha / r) * 1[active] * B A x for the linear `name`: x (B, T, in), y (B, T,
+        out)."""
         lora = self.lora
         if name not in lora.pairs:
             return y

@@ -1,4 +1,5 @@
-"""The frozen reasoning model (section 5): Qwen2, Qwen3 and GPT-OSS decoders by hand, from safetensors.
+"""The frozen reasoning model (section 5): Qwen2, Qwen3 and GPT-OSS decoders by hand, from
+safetensors.
 
     model = load("directory or Hub id", device="cpu", dtype=torch.float32)
     hidden = model(ids)                  # (B, T) -> (B, T, hidden) after the final norm, no cache
@@ -63,8 +64,9 @@ def rope_frequencies(config):
 
 
 class Block(NamedTuple):
-    """Queries that attend together: those of some rows, at some of the T positions. They read the keys
-    in slots start..stop-1, under a mask (rows, queries, stop - start) that is added to the scores."""
+    """Queries that attend together: those of some rows, at some of the T positions. They read the
+    keys in slots start..stop-1, under a mask (rows, queries, stop - start) that is added to the
+    scores."""
     rows: slice
     queries: slice
     keys: slice
@@ -99,8 +101,8 @@ class Positions:
         self.blocks = {window: self._blocks(window, heads) for window in set(model.config.windows)}
 
     def _blocks(self, window, heads):
-        """Cut the pass into Blocks: rows whose keys end at about the same slot, and as many queries as
-        SCORES_AT_ONCE allows."""
+        """Cut the pass into Blocks: rows whose keys end at about the same slot, and as many
+        queries as SCORES_AT_ONCE allows."""
         B, T = self.positions.shape
         rows_at_once = B if self.span is not None or self.cache is None else ROWS_AT_ONCE
         blocks = []
@@ -132,7 +134,8 @@ class Positions:
 
 
 def visibility(positions, start, stop, window):
-    """The mask (B, T, stop - start) float32 of queries at `positions` (B, T) over keys start..stop-1."""
+    """The mask (B, T, stop - start) float32 of queries at `positions` (B, T) over keys
+    start..stop-1."""
     keys = torch.arange(start, stop, device=positions.device)
     queries = positions[..., None]
     unseen = keys > queries
@@ -265,8 +268,9 @@ class Experts(nn.Module):
         return out
 
     def all_experts(self, x, weights, chosen):
-        """The same by computing every expert. A decode step reads nearly all of their weights anyway;
-        this way it copies none, and no size depends on the router, so that it can be captured."""
+        """The same by computing every expert. A decode step reads nearly all of their weights
+        anyway; this way it copies none, and no size depends on the router, so that it can be
+        captured."""
         E = len(self.down_proj)
         share = x.new_zeros(len(x), E).scatter(1, chosen, weights)  # (N, E), 0 where not chosen
         x = x.expand(E, -1, -1)
@@ -276,7 +280,8 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """GPT-OSS's feed-forward: the router's top k logits and their softmax. No adapter reaches it."""
+    """GPT-OSS's feed-forward: the router's top k logits and their softmax. No adapter reaches
+    it."""
 
     def __init__(self, config):
         super().__init__()
@@ -344,8 +349,8 @@ class Decoder(nn.Module):
     def forward(self, ids, cache=None, adapter=None):
         """Hidden states (B, T, hidden) after the final norm.
 
-        ids: token ids (B, T) int64, or input embeddings (B, T, hidden). With a cache the T positions
-        follow each row's length and are appended to it."""
+        ids: token ids (B, T) int64, or input embeddings (B, T, hidden). With a cache the T
+        positions follow each row's length and are appended to it."""
         if cache is None:
             return self.run(ids, adapter=adapter)
         hidden = self.run(ids, cache, adapter=adapter)
@@ -353,8 +358,8 @@ class Decoder(nn.Module):
         return hidden
 
     def run(self, ids, cache=None, span=None, adapter=None):
-        """`forward` without advancing the cache: what Check runs, and what a CUDA graph captures, for
-        which the slots 0..span-1 are read whatever the rows' lengths."""
+        """`forward` without advancing the cache: what Check runs, and what a CUDA graph captures,
+        for which the slots 0..span-1 are read whatever the rows' lengths."""
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device).expand(B, T)
@@ -366,16 +371,16 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden):
-        """Next-token logits (..., vocab) of hidden states (..., hidden); a reward model's are (..., 2):
-        bad, good."""
+        """Next-token logits (..., vocab) of hidden states (..., hidden); a reward model's are
+        (..., 2): bad, good."""
         return self.score(hidden) if self.config.reward else self.lm_head(hidden)
 
 
 def load(path, device="cpu", dtype=torch.float32, apply_attn_factor=False):
     """The Decoder of a checkpoint, a local directory or a Hub id: frozen, in `dtype`, on `device`.
 
-    Raises ValueError on a missing, unexpected or wrongly shaped tensor, naming it, its file and both
-    shapes, and on a model whose weights do not fit the device's free memory.
+    Raises ValueError on a missing, unexpected or wrongly shaped tensor, naming it, its file and
+    both shapes, and on a model whose weights do not fit the device's free memory.
     apply_attn_factor: of R1-0528-Qwen3-8B; transformers ignores it, vLLM does not (Config)."""
     folder = find_folder(path)
     config = read_config(folder, apply_attn_factor)

@@ -1,9 +1,10 @@
-"""Batched sampling on the static cache (section 5 has the settings), and paths stored for later use.
+"""Batched sampling on the static cache (section 5 has the settings), and paths stored for later
+use.
 
     python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
 
-A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): no other row of the
-batch changes a path, nor does the number of rows, nor who was pruned.
+A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): no other row of
+the batch changes a path, nor does the number of rows, nor who was pruned.
 
 Letters: B rows, V vocabulary.
 """
@@ -84,8 +85,8 @@ def path_key(seed, prompt_ids, index):
 
 
 def branch_key(key, length, branch):
-    """The key of branch 1, 2, ... of a path that branches when it holds `length` new tokens. Branch 0
-    goes on with the path's own key. All three may be tensors."""
+    """The key of branch 1, 2, ... of a path that branches when it holds `length` new tokens.
+    Branch 0 goes on with the path's own key. All three may be tensors."""
     return mix(mix(key ^ length) ^ branch)
 
 
@@ -100,8 +101,8 @@ def uniform(keys, position):
 
 
 def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
-    """Probabilities (..., V) float32 of logits (..., V): temperature, then top-k (the k largest), then
-    top-p (the smallest set of the largest with a mass of p), then softmax.
+    """Probabilities (..., V) float32 of logits (..., V): temperature, then top-k (the k largest),
+    then top-p (the smallest set of the largest with a mass of p), then softmax.
 
     A tie with the last token kept stays, in both. top_k 0 and top_p 1 are off. Temperature 0 is
     one-hot at the largest logit, the lowest id of equals."""
@@ -149,11 +150,12 @@ def draw(probs, noise):
 
 
 def choose(logits, noise, sampling):
-    """The token that `draw` takes from `probabilities` for each row: logits (B, V), noise (B,) -> (B,).
+    """The token that `draw` takes from `probabilities` for each row: logits (B, V), noise (B,) ->
+    (B,).
 
-    A large vocabulary is not looked at in full. The k + SPARE largest logits, put back in the order of
-    their ids, give the same distribution and the same cumulative sums. Only where the smallest of them
-    still ties with the k-th may there be more: such a row is done in full."""
+    A large vocabulary is not looked at in full. The k + SPARE largest logits, put back in the
+    order of their ids, give the same distribution and the same cumulative sums. Only where the
+    smallest of them still ties with the k-th may there be more: such a row is done in full."""
     temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
     count = top_k + SPARE
     if top_k == 0 or count >= logits.shape[-1]:
@@ -199,8 +201,8 @@ class Path:
 
 
 def prefill(model, prompts, extra=0):
-    """Read prompts (lists of token ids, ragged) -> a KVCache with a row for each and room for `extra`
-    more positions, and the hidden states (B, hidden) at the prompts' ends.
+    """Read prompts (lists of token ids, ragged) -> a KVCache with a row for each and room for
+    `extra` more positions, and the hidden states (B, hidden) at the prompts' ends.
 
     Passes of at most PREFILL_TOKENS positions: several short prompts, or a piece of a long one."""
     cache = model.new_cache(len(prompts), max(len(prompt) for prompt in prompts) + extra)
@@ -277,9 +279,9 @@ class Batch:
 
     def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
                  on_end=None):
-        """rows: at most so many at a time. capacity: positions of a row. limit: new tokens of a path.
-        bar: a tqdm that counts tokens, its total at first limit x paths. on_end(path) is called as
-        each path ends."""
+        """rows: at most so many at a time. capacity: positions of a row. limit: new tokens of a
+        path. bar: a tqdm that counts tokens, its total at first limit x paths. on_end(path) is
+        called as each path ends."""
         self.model = model
         self.waiting = collections.deque(paths)
         self.limit = limit
@@ -304,8 +306,8 @@ class Batch:
         self._begin(list(range(rows)))
 
     def decode(self, until):
-        """Decode until each path has ended or holds `until` new tokens. Then only running ones are live.
-        (While paths wait, `until` is their limit: no other lets a row become free.)"""
+        """Decode until each path has ended or holds `until` new tokens. Then only running ones are
+        live. (While paths wait, `until` is their limit: no other lets a row become free.)"""
         while any(path.status == "running" and len(path.ids) < until for path in self.live):
             self.settle()
             tokens = self._draw()
@@ -396,7 +398,8 @@ class Batch:
         return self.pending.tolist()  # the step's one wait for the device
 
     def _append(self, tokens):
-        """Each running path takes its token, and ends if it is an end token or the last one allowed."""
+        """Each running path takes its token, and ends if it is an end token or the last one
+        allowed."""
         if self.bar is not None:
             self.bar.update(len(self.live) - len(self.free))
         if max(tokens) >= self.model.config.vocab_size:  # what `draw` gives where a row holds NaN
@@ -437,8 +440,8 @@ class Batch:
             self._rearrange(np.argsort(-self.cache.counts).tolist())
 
     def _keep_running(self):
-        """Go on with the rows of running paths only. A row moves only into the place of one that left:
-        of live a b c d, where b has ended: a d c, and only d is copied."""
+        """Go on with the rows of running paths only. A row moves only into the place of one that
+        left: of live a b c d, where b has ended: a d c, and only d is copied."""
         running = [row for row, path in enumerate(self.live) if path.status == "running"]
         self.free = []
         if len(running) == len(self.live):
@@ -463,9 +466,9 @@ class Batch:
 class DecodeStep:
     """One position for every row: token ids (B,) -> hidden states (B, hidden).
 
-    On CUDA the step is captured as a graph and replayed, one graph for a number of rows and a number
-    of slots, which are read in blocks of 256. So that few graphs are made, rows of ended paths leave
-    in groups of 8 there; elsewhere at once."""
+    On CUDA the step is captured as a graph and replayed, one graph for a number of rows and a
+    number of slots, which are read in blocks of 256. So that few graphs are made, rows of ended
+    paths leave in groups of 8 there; elsewhere at once."""
 
     def __init__(self, model):
         self.model = model
@@ -527,7 +530,8 @@ def check_prompts(model, prompts, longest):
 
 
 def require_finite(values, what):
-    """Raise ValueError if a tensor holds NaN or infinity: nothing is printed, chosen or saved by one."""
+    """Raise ValueError if a tensor holds NaN or infinity: nothing is printed, chosen or saved by
+    one."""
     if not torch.isfinite(values).all():
         raise ValueError(f"{what}: found NaN or infinity, expected finite numbers (overflow in "
                          "float16, or weights or a learning rate that diverge)")
@@ -539,7 +543,8 @@ def model_digest(model):
 
 
 def room(model, prompt_ids, limit=None):
-    """How many new tokens a path may have: `limit`, or what the context leaves, at most 16,384 (section 5)."""
+    """How many new tokens a path may have: `limit`, or what the context leaves, at most 16,384
+    (section 5)."""
     if limit is not None:
         return limit
     return max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids)))
@@ -548,9 +553,9 @@ def room(model, prompt_ids, limit=None):
 @torch.inference_mode()
 def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, batch=None, bar=None,
                on_end=None):
-    """Sample n paths of at most `limit` new tokens for each prompt, with freed rows taking the next path
-    at once. on_complete(i, paths) is called as soon as all n paths of prompts[i] have ended, in
-    whatever order that happens; then they are let go. The rest as in `generate`."""
+    """Sample n paths of at most `limit` new tokens for each prompt, with freed rows taking the
+    next path at once. on_complete(i, paths) is called as soon as all n paths of prompts[i] have
+    ended, in whatever order that happens; then they are let go. The rest as in `generate`."""
     check_prompts(model, prompts, limit)
     paths = []
     unfinished = {}  # prompt number -> its paths so far, of which some still run
@@ -579,9 +584,9 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
              eos_ids=None, batch=None, bar=None, on_end=None):
     """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
 
-    eos_ids: end tokens (None: the model's own). batch: rows at a time (None: as many as fit the free
-    memory), which changes no token. bar: a tqdm that counts tokens. on_end(path) is called as each
-    path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
+    eos_ids: end tokens (None: the model's own). batch: rows at a time (None: as many as fit the
+    free memory), which changes no token. bar: a tqdm that counts tokens. on_end(path) is called as
+    each path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: found {value}, expected at least 1")
@@ -596,11 +601,13 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
 
 
 def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling, batch=None):
-    """n finished, graded paths of each problem, stored in `folder` and read from there the next time.
+    """n finished, graded paths of each problem, stored in `folder` and read from there the next
+    time.
 
-    Returns records in the order of the problems: {"id", "prompt_ids", "answers", "right", "paths"}, the
-    last three with an entry a path. The file is named by all that shapes the paths, weights included.
-    Interrupted, it is taken up where it stopped; ValueError on an edited line or another run's."""
+    Returns records in the order of the problems: {"id", "prompt_ids", "answers", "right",
+    "paths"}, the last three with an entry a path. The file is named by all that shapes the paths,
+    weights included. Interrupted, it is taken up where it stopped; ValueError on an edited line or
+    another run's."""
     prompts = [tokenizer.ask(problem) for problem in problems]
     limit = min(room(model, prompt, max_new_tokens) for prompt in prompts)
     check_prompts(model, prompts, limit)
@@ -663,7 +670,8 @@ def sampling_of(settings):
 
 
 def open_model(settings):
-    """The Decoder and the Tokenizer that a script's settings name. ValueError on an unknown device or dtype."""
+    """The Decoder and the Tokenizer that a script's settings name. ValueError on an unknown device
+    or dtype."""
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
     try:
@@ -679,7 +687,8 @@ def open_model(settings):
 
 
 def peak_memory():
-    """The most memory that was in use, in bytes: of the GPU if one was used, else of this process."""
+    """The most memory that was in use, in bytes: of the GPU if one was used, else of this
+    process."""
     on_gpu = torch.cuda.max_memory_allocated()
     return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

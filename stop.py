@@ -1,4 +1,5 @@
-"""STOP (arXiv 2604.16029, section 3): Launch N paths, Check their prefixes, Resume the best k, and vote.
+"""STOP (arXiv 2604.16029, section 3): Launch N paths, Check their prefixes, Resume the best k, and
+vote.
 
     python stop.py --prompt "..." --n 64 --keep 8 --prefix 2048
     python stop.py --score prefixes.jsonl --out scored.jsonl --trace DIR    # one score per record
@@ -41,11 +42,10 @@ from sample import (
 class Stop(torch.nn.Module):
     """The three trained parts: `tokens` (m, hidden; one row if shared), `lora`, and `head`.
 
-    head "sigmoid": one logit, soft binary cross-entropy (the paper, eq. 4). head "softmax": two logits,
-    index 1 = good, soft cross-entropy (the authors' released code). targets None: all seven linears, or
-    those of them that the model has. The head starts at zero, so that every chance is one half; the
-    tokens start at random with the spread of the model's embeddings.
-    """
+    head "sigmoid": one logit, soft binary cross-entropy (the paper, eq. 4). head "softmax": two
+    logits, index 1 = good, soft cross-entropy (the authors' released code). targets None: all
+    seven linears, or those of them that the model has. The head starts at zero, so that every
+    chance is one half; the tokens start at random with the spread of the model's embeddings. """
 
     def __init__(self, model, m=4, rank=128, alpha=None, targets=None, head="sigmoid", shared=False,
                  dropout=0.0, seed=0):
@@ -74,8 +74,8 @@ class Stop(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, model, cache):
-        """Head logits (B, 1 or 2) for the prefixes in a cache's rows, which stay as they are: the [STOP]
-        keys and values go to dead slots behind each row, and no row becomes longer."""
+        """Head logits (B, 1 or 2) for the prefixes in a cache's rows, which stay as they are: the
+        [STOP] keys and values go to dead slots behind each row, and no row becomes longer."""
         tokens = self.tokens.expand(cache.rows, self.m, -1).to(cache.keys[0].dtype)  # (B, m, hidden)
         everywhere = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         hidden = model.run(tokens, cache, adapter=self.lora.at(everywhere))
@@ -95,7 +95,8 @@ class Stop(torch.nn.Module):
 
     @torch.inference_mode()
     def score(self, model, prefixes, batch=16, bar=None):
-        """Chances (N,) float32 that prefixes (prompt + prefix, lists of token ids, ragged) end right."""
+        """Chances (N,) float32 that prefixes (prompt + prefix, lists of token ids, ragged) end
+        right."""
         check_prompts(model, prefixes, self.m)
         scores = torch.zeros(len(prefixes), device=self.head.weight.device)
         for numbers in like_lengths(prefixes, batch):
@@ -112,7 +113,8 @@ class Stop(torch.nn.Module):
         return parse_checkpoints(str(found))
 
     def trained_limit(self):
-        """The limit of a path, in new tokens, that it was trained with; None: what the context left."""
+        """The limit of a path, in new tokens, that it was trained with; None: what the context
+        left."""
         limit = self.trained.get("settings", {}).get("max_new_tokens")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ValueError(
@@ -130,7 +132,8 @@ class Stop(torch.nn.Module):
         return {name.removeprefix("lora."): tensor for name, tensor in self.state_dict().items()}
 
     def save(self, folder, trained=None):
-        """Write stop.safetensors and stop.json (with `trained`: settings and metrics) to a folder."""
+        """Write stop.safetensors and stop.json (with `trained`: settings and metrics) to a
+        folder."""
         self.trained = trained or self.trained
         write_stop(folder, self.about(), self.weights(), self.trained)
 
@@ -154,7 +157,8 @@ class Stop(torch.nn.Module):
 
 
 def like_lengths(prefixes, batch):
-    """Numbers of the prefixes in groups of at most `batch`, like lengths together: little padding."""
+    """Numbers of the prefixes in groups of at most `batch`, like lengths together: little
+    padding."""
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     return [order[start:start + batch] for start in range(0, len(order), batch)]
 
@@ -165,8 +169,9 @@ def like_lengths(prefixes, batch):
 def retention(budget, prefix, task):
     """Share of paths to keep (section "interaction scaling law"), for lengths in tokens.
 
-    budget: all generated tokens; prefix: the checkpoint; task: a usual response. Fitted on a 1.5B model:
-    1 / gamma = 1.17e4 * C ** 0.46 * L_prefix ** 0.40 / L_task ** 4.55 in units of 1,024 tokens; at most 1."""
+    budget: all generated tokens; prefix: the checkpoint; task: a usual response. Fitted on a 1.5B
+    model: 1 / gamma = 1.17e4 * C ** 0.46 * L_prefix ** 0.40 / L_task ** 4.55 in units of 1,024
+    tokens; at most 1."""
     for name, value in (("budget", budget), ("prefix", prefix), ("task", task)):
         if value <= 0:
             raise ValueError(f"{name}: found {value}, expected a positive number of tokens")
@@ -177,7 +182,8 @@ def retention(budget, prefix, task):
 
 
 class Stage(NamedTuple):
-    """One check: at `checkpoint` new tokens the best `keep` paths stay, each going on as `branch` paths."""
+    """One check: at `checkpoint` new tokens the best `keep` paths stay, each going on as `branch`
+    paths."""
     checkpoint: int
     keep: int
     branch: int = 1
@@ -188,15 +194,17 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
                         max_new_tokens=16384, temperature=0.6, top_k=40, top_p=0.95, seed=0,
                         branch=1, answer_of=None, kind="math", eos_ids=None, bar=None,
                         on_check=None):
-    """n paths of a prompt, of which `keep` are finished: a list of Path, by index, pruned ones included.
+    """n paths of a prompt, of which `keep` are finished: a list of Path, by index, pruned ones
+    included.
 
-    cascade: [(checkpoint, keep), ...] or [(checkpoint, keep, branch), ...] instead of (prefix, keep,
-    branch). A path that ends before a checkpoint is scored whole and competes: exactly `keep` paths vote.
-    Ties go to the lower index; with keep = n the paths are those of `generate`. With branch = b each kept
-    path that still runs goes on as b paths (an ended one is never revived); new paths stand behind the
-    n. answer_of(path): its answer of this kind, or None; with it, decoding stops as soon as no running
-    path can change the vote (`is_decided`), and those that still ran are "decided". on_check(checkpoint, paths, kept) is called
-    after each check; bar counts tokens. Raises ValueError on stages that cannot be."""
+    cascade: [(checkpoint, keep), ...] or [(checkpoint, keep, branch), ...] instead of (prefix,
+    keep, branch). A path that ends before a checkpoint is scored whole and competes: exactly
+    `keep` paths vote. Ties go to the lower index; with keep = n the paths are those of `generate`.
+    With branch = b each kept path that still runs goes on as b paths (an ended one is never
+    revived); new paths stand behind the n. answer_of(path): its answer of this kind, or None; with
+    it, decoding stops as soon as no running path can change the vote (`is_decided`), and those
+    that still ran are "decided". on_check(checkpoint, paths, kept) is called after each check; bar
+    counts tokens. Raises ValueError on stages that cannot be."""
     sampling = Sampling(temperature, top_k, top_p, seed)
     stages = [Stage(*stage) for stage in cascade or [(prefix, keep, branch)]]
     check_stages(stages, n, max_new_tokens)
@@ -242,8 +250,9 @@ def check_stages(stages, n, max_new_tokens):
 
 
 def require_rows(model, n, stages, capacities):
-    """Raise ValueError where the rows of a stretch do not fit the free memory: all prefixes are held
-    until they are checked. capacities: positions of a row before each check, and behind the last."""
+    """Raise ValueError where the rows of a stretch do not fit the free memory: all prefixes are
+    held until they are checked. capacities: positions of a row before each check, and behind the
+    last."""
     element = model.model.embed_tokens.weight.element_size()
     free = memory.free_bytes(model.device)
     rows = [n] + [stage.keep * stage.branch for stage in stages]
@@ -297,8 +306,8 @@ def vote(answers, weights=None, kind="math"):
 
 
 def stop_when_decided(batch, paths, answer_of, kind):
-    """A function for batch.on_end that ends all paths as soon as neither vote of `paths`, by majority or
-    by score, can change any more."""
+    """A function for batch.on_end that ends all paths as soon as neither vote of `paths`, by
+    majority or by score, can change any more."""
     answers = {}  # name of an ended path -> its answer
 
     def ended(path):
@@ -353,8 +362,8 @@ def parse_checkpoints(text):
 
 
 def parse_cascade(text):
-    """"2048:32,4096:4x2" -> [Stage(2048, 32, 1), Stage(4096, 4, 2)]: at 2,048 tokens 32 paths stay, at 4,096
-    tokens 4 that go on as 2 each."""
+    """"2048:32,4096:4x2" -> [Stage(2048, 32, 1), Stage(4096, 4, 2)]: at 2,048 tokens 32 paths
+    stay, at 4,096 tokens 4 that go on as 2 each."""
     stages = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})(?:x(\d{1,9}))?", part, re.ASCII)
@@ -366,7 +375,8 @@ def parse_cascade(text):
 
 
 def paths_to_keep(settings, prefix):
-    """How many paths a run resumes: --keep, --retention, the guideline for --budget, or an eighth."""
+    """How many paths a run resumes: --keep, --retention, the guideline for --budget, or an
+    eighth."""
     if settings.keep is not None:
         return settings.keep
     share = 1 / 8 if settings.retention is None else settings.retention
@@ -426,7 +436,8 @@ def answer_prompt(model, stop, tokenizer, settings):
 
 @contextlib.contextmanager
 def recorded_states(model):
-    """A list that takes the hidden states (B, T, hidden) after each decoder layer and the final norm."""
+    """A list that takes the hidden states (B, T, hidden) after each decoder layer and the final
+    norm."""
     states = []
 
     def record(module, inputs, output):
@@ -478,7 +489,8 @@ def main(settings):
 
 
 def recipe(flags):
-    """Scores are made in float32 unless --dtype says otherwise: they are what others check against."""
+    """Scores are made in float32 unless --dtype says otherwise: they are what others check
+    against."""
     return ({"dtype": "float32"} if "score" in flags else {}), None
 
 

@@ -1,4 +1,5 @@
-"""Supervision and training of a STOP module (sections 4 and 5), then a short evaluation (section 6).
+"""Supervision and training of a STOP module (sections 4 and 5), then a short evaluation (section
+6).
 
     python train.py                                             # the embedded toy, end to end
     python train.py --model M --data problems.jsonl --out DIR   # on your model and problems
@@ -83,7 +84,8 @@ NO_PART_OF_A_RUN = ("batch", "device", "cache_gb", "out", "plan")  # settings th
 
 
 def recipe(flags):
-    """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, if it is there."""
+    """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, if it
+    is there."""
     file = pathlib.Path(flags.get("model", Settings.model)) / "recipe.json"
     content = read_json(file) if file.is_file() else {}
     if type(content.get("prefix")) is int:
@@ -178,7 +180,8 @@ class Cut:
 
 
 def cut_prefixes(pairs, settings):
-    """The Cuts of (record, problem) pairs: their first paths at every checkpoint, an ended path once."""
+    """The Cuts of (record, problem) pairs: their first paths at every checkpoint, an ended path
+    once."""
     cuts = []
     for record, problem in pairs:
         for number in range(settings.prefixes):
@@ -191,8 +194,8 @@ def cut_prefixes(pairs, settings):
 
 
 def roll_out(model, tokenizer, cuts, settings, out):
-    """The soft labels of Cuts: the share of K continuations that end right. A path that has ended is its
-    own only continuation."""
+    """The soft labels of Cuts: the share of K continuations that end right. A path that has ended
+    is its own only continuation."""
     if not cuts:
         raise ValueError(f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
                          "paths right, expected some to train on")
@@ -239,8 +242,9 @@ def count_right(tokenizer, cut, paths):
 
 
 def given_labels(file, model, tokenizer, m, tests):
-    """The examples of a file of labels, ours or the authors'. Records of one problem share `id` (or
-    `problem_id`); one without either stands for itself. ValueError on a held-out problem's record."""
+    """The examples of a file of labels, ours or the authors'. Records of one problem share `id`
+    (or `problem_id`); one without either stands for itself. ValueError on a held-out problem's
+    record."""
     def check_ids(ids):
         check_prompts(model, [ids], m)
 
@@ -276,8 +280,8 @@ def split(examples, share, seed):
 
 
 class Prefixes:
-    """Examples in batches of like length. Their KV caches, without gradient or LoRA, are kept between
-    epochs as long as they fit `cache_bytes`; the others are made again."""
+    """Examples in batches of like length. Their KV caches, without gradient or LoRA, are kept
+    between epochs as long as they fit `cache_bytes`; the others are made again."""
 
     def __init__(self, model, examples, batch_size, m, cache_bytes):
         examples = sorted(examples, key=lambda example: len(example.ids))
@@ -329,8 +333,8 @@ def validate(model, stop, prefixes):
 
 
 def discrimination(scores, labels, problems):
-    """How well scores tell good prefixes from bad ones; None where that is not defined. AUROC counts a
-    label of at least one half as positive; `pairwise` looks within problems."""
+    """How well scores tell good prefixes from bad ones; None where that is not defined. AUROC
+    counts a label of at least one half as positive; `pairwise` looks within problems."""
     values = {
         "auroc": auroc(scores, labels >= 0.5),
         "pairwise": pairwise_accuracy(scores, labels, problems),
@@ -339,7 +343,8 @@ def discrimination(scores, labels, problems):
 
 
 def learning_rate(step, steps, settings):
-    """The rate of optimiser step `step` of `steps`: linear warm-up, then constant or cosine to zero."""
+    """The rate of optimiser step `step` of `steps`: linear warm-up, then constant or cosine to
+    zero."""
     rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
     if settings.cosine:
         rate *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -347,8 +352,9 @@ def learning_rate(step, steps, settings):
 
 
 def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
-    """One pass over the training prefixes -> {train_loss, gradient norms of the last step by group}.
-    The loss of a step is the mean over all its prefixes, however many passes and processes they take."""
+    """One pass over the training prefixes -> {train_loss, gradient norms of the last step by
+    group}. The loss of a step is the mean over all its prefixes, however many passes and processes
+    they take."""
     stop.train()
     torch.manual_seed(settings.seed + epoch)  # dropout, and the order of the batches
     steps = torch.randperm(len(prefixes.batches)).split(settings.accumulation)
@@ -394,9 +400,9 @@ def gradient_norms(stop):
 
 
 def fit(model, examples, settings, out, identity):
-    """Train a Stop on examples; that of the epoch with the lowest validation loss lies in out/stop and is
-    returned. After each epoch all that shapes the next ones is in out/fit.pt: a killed run repeats at
-    most one epoch."""
+    """Train a Stop on examples; that of the epoch with the lowest validation loss lies in out/stop
+    and is returned. After each epoch all that shapes the next ones is in out/fit.pt: a killed run
+    repeats at most one epoch."""
     training, validation = split(examples, settings.validation, settings.seed)
     free = cache_bytes(model, settings)
     prepare = functools.partial(Prefixes, model, batch_size=settings.batch_size, m=settings.m)
@@ -473,8 +479,8 @@ def resume_fit(stop, optimizer, out, identity):
 
 
 def make_plan(model, prompts, prefixes, tests, settings):
-    """The Plan of a run from prompts (of its problems, or else of its tests) and the number of prefixes,
-    with every path as long as it may be. Rates are measured by a few steps."""
+    """The Plan of a run from prompts (of its problems, or else of its tests) and the number of
+    prefixes, with every path as long as it may be. Rates are measured by a few steps."""
     limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
     capacity = max(len(prompt) for prompt in prompts) + limit
     checkpoints = parse_checkpoints(settings.prefix)
@@ -520,7 +526,8 @@ def fit_seconds(model, prompt, prefixes, settings):
 
 
 def restate(plan, records, cuts):
-    """Print the plan again once the paths are there: their lengths and the prefixes that stay are known."""
+    """Print the plan again once the paths are there: their lengths and the prefixes that stay are
+    known."""
     lengths = [len(path) for record in records for path in record["paths"]]
     beyond = [len(cut.path) - len(cut.prefix) for cut in cuts]
     plan = dataclasses.replace(
@@ -610,8 +617,8 @@ def run(settings, model, tokenizer, folder, out):
 
 
 def claim_run(settings, model, material, out):
-    """Make the folder this run's: its settings.json says what run it is. -> digits that stand for it.
-    ValueError where the folder holds another run."""
+    """Make the folder this run's: its settings.json says what run it is. -> digits that stand for
+    it. ValueError where the folder holds another run."""
     known = dataclasses.asdict(settings)
     for name in NO_PART_OF_A_RUN:
         del known[name]

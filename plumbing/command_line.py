@@ -1,9 +1,10 @@
-"""Settings to flags, and a user's mistake to one line: what every script of the project does at its start.
+"""Settings to flags, and a user's mistake to one line: what every script of the project does at
+its start.
 
-A script's settings are a dataclass, one field a flag. A flag comes before the checkpoint's recipe.json, and that before
-the dataclass's default. Each value's type is checked here, whether it comes from a flag or a recipe; ranges that
-several scripts share are checked here too, a script's own ranges in the script.
-"""
+A script's settings are a dataclass, one field a flag. A flag comes before the checkpoint's
+recipe.json, and that before the dataclass's default. Each value's type is checked here, whether it
+comes from a flag or a recipe; ranges that several scripts share are checked here too, a script's
+own ranges in the script. """
 import argparse
 import dataclasses
 import json
@@ -78,8 +79,8 @@ def value_type(field):
 
 
 def check_values(settings, values, source=None):
-    """Raise ValueError unless each of values {field name: value} has its field's type, and numbers are
-    finite and of at most 64 bits. source: the file that they come from; None: flags."""
+    """Raise ValueError unless each of values {field name: value} has its field's type, and numbers
+    are finite and of at most 64 bits. source: the file that they come from; None: flags."""
     place = "" if source is None else f"{source}: "
     fields = {field.name: field for field in dataclasses.fields(settings)}
     for name, value in values.items():
@@ -133,9 +134,9 @@ def is_out_of_memory(error):
 
 
 def command_line(settings, main, recipe=None):
-    """Run main(settings(...)). recipe(flags): (a dict of defaults that come before the dataclass's, the
-    file that they stand in). What a user can mend is one line on stderr: exit status 2 for a mistake
-    (ValueError, OSError) or too little memory, 130 for an interruption."""
+    """Run main(settings(...)). recipe(flags): (a dict of defaults that come before the
+    dataclass's, the file that they stand in). What a user can mend is one line on stderr: exit
+    status 2 for a mistake (ValueError, OSError) or too little memory, 130 for an interruption."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
     try:

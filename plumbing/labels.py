@@ -23,8 +23,8 @@ class LabelledPrefix:
 
 
 def read_prefixes(file, check):
-    """The LabelledPrefix of each line of a file. check(ids) raises ValueError on ids that the model cannot read.
-    Raises ValueError naming file and line, also where the file holds none."""
+    """The LabelledPrefix of each line of a file. check(ids) raises ValueError on ids that the
+    model cannot read. Raises ValueError naming file and line, also where the file holds none."""
     found = []
     for line, record in read_records(file):
         place = f"{file}:{line}"

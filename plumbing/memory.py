@@ -19,7 +19,8 @@ GB = 1e9
 
 
 def free_bytes(device):
-    """Memory that can be had on a torch device now, in bytes; of the CPU's, this process's share."""
+    """Memory that can be had on a torch device now, in bytes; of the CPU's, this process's
+    share."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -80,7 +81,8 @@ def rows_that_fit(config, capacity, element, free):
 
 
 def choose_rows(model, capacity, batch=None):
-    """Rows to decode at a time: `batch` if given, else as many as fit the memory that is free now."""
+    """Rows to decode at a time: `batch` if given, else as many as fit the memory that is free
+    now."""
     if batch is not None:
         return batch
     element = model.model.embed_tokens.weight.element_size()

@@ -1,14 +1,15 @@
 """What a run of train.py will take: counts, memory and hours, said before it begins.
 
-Tokens are those of paths, rollouts and the evaluation, at most (every path as long as it may be) until the
-lengths of real paths are known. Rates are measured on the machine at hand, by a few steps.
-"""
+Tokens are those of paths, rollouts and the evaluation, at most (every path as long as it may be)
+until the lengths of real paths are known. Rates are measured on the machine at hand, by a few
+steps. """
 import dataclasses
 
 
 @dataclasses.dataclass
 class Plan:
-    """A run's work, in numbers. Lengths are in tokens, rates in tokens a second, times in seconds."""
+    """A run's work, in numbers. Lengths are in tokens, rates in tokens a second, times in
+    seconds."""
     problems: int           # to make labels from; 0 where the labels are given
     paths: int              # a problem
     prefixes: int           # to label or, where labels are given, to train on

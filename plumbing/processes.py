@@ -1,8 +1,9 @@
-"""One process, or several side by side: `torchrun --nproc-per-node N train.py ...` (torch.distributed, data parallel).
+"""One process, or several side by side: `torchrun --nproc-per-node N train.py ...`
+(torch.distributed, data parallel).
 
-Without torchrun every function here does what one process needs: nothing. Work is dealt out by problem: process r of
-N takes items r, r + N, ...; rank 0 prints, draws the bars and writes what is written once.
-"""
+Without torchrun every function here does what one process needs: nothing. Work is dealt out by
+problem: process r of N takes items r, r + N, ...; rank 0 prints, draws the bars and writes what is
+written once. """
 import os
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as distributed
 
 
 def start(device):
-    """Join the processes that torchrun started, if it did; -> the device of this one ("cuda" becomes "cuda:1")."""
+    """Join the processes that torchrun started, if it did; -> the device of this one ("cuda"
+    becomes "cuda:1")."""
     if "WORLD_SIZE" not in os.environ:
         return device
     if not distributed.is_initialized():

@@ -1,8 +1,8 @@
-"""JSON files, JSON lines, and long jobs that finish a record at a time and may be killed at any moment.
+"""JSON files, JSON lines, and long jobs that finish a record at a time and may be killed at any
+moment.
 
-Nothing here belongs to the paper. Whatever a run leaves in its folder is written whole or not at all, and is believed
-later only if its seal says that this run wrote it.
-"""
+Nothing here belongs to the paper. Whatever a run leaves in its folder is written whole or not at
+all, and is believed later only if its seal says that this run wrote it. """
 import contextlib
 import fcntl
 import glob
@@ -15,7 +15,8 @@ from plumbing import processes
 
 
 def read_json(path, raw=None, expected=dict):
-    """The object (or `expected`: list) in a JSON file, or in `raw`, bytes of it. ValueError in one line naming path."""
+    """The object (or `expected`: list) in a JSON file, or in `raw`, bytes of it. ValueError in one
+    line naming path."""
     try:
         content = Path(path).read_bytes() if raw is None else raw
         value = json.loads(content.decode("utf-8-sig").rstrip())
@@ -31,7 +32,8 @@ def read_json(path, raw=None, expected=dict):
 
 
 def read_records(path):
-    """Yield (line number, dict) for each non-blank line of a JSON-lines file. ValueError names file and line."""
+    """Yield (line number, dict) for each non-blank line of a JSON-lines file. ValueError names
+    file and line."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             if raw.strip():
@@ -39,7 +41,8 @@ def read_records(path):
 
 
 def write_atomic(path, data):
-    """Put str or bytes at `path`, all or nothing: after a failure the old file is intact and no other is left."""
+    """Put str or bytes at `path`, all or nothing: after a failure the old file is intact and no
+    other is left."""
     content = data.encode() if isinstance(data, str) else data
     beside = Path(f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
@@ -80,7 +83,8 @@ def write_sealed(file, identity, content):
 
 
 def read_sealed(file, identity, advice):
-    """The bytes that `write_sealed` wrote for this identity. ValueError with an advice where they are not."""
+    """The bytes that `write_sealed` wrote for this identity. ValueError with an advice where they
+    are not."""
     seal, _, content = Path(file).read_bytes().partition(b"\n")
     if seal.decode("latin-1") != hashlib.sha256(identity.encode() + content).hexdigest():
         raise ValueError(f"{file}: damaged, or another run's: {advice}")
@@ -96,10 +100,11 @@ class Job:
                 job.add(i, {...})                # written at once
         records = job.finish()                   # all of them, in order, in the file too
 
-    heads: for each record the fields (a dict) that say which one it is. identity: JSON values for all
-    that shapes the records. Each line carries a seal, a digest of identity and line. A line without
-    its seal, of another identity or with a head that is not asked for, or one that stands twice, is a
-    ValueError that names file and line; a torn last line is cut and its record made again.
+    heads: for each record the fields (a dict) that say which one it is. identity: JSON values for
+    all that shapes the records. Each line carries a seal, a digest of identity and line. A line
+    without its seal, of another identity or with a head that is not asked for, or one that stands
+    twice, is a ValueError that names file and line; a torn last line is cut and its record made
+    again.
 
     Several processes (torchrun) append to a file each, which `finish` puts together.
     """
@@ -135,7 +140,8 @@ class Job:
         self.output.write(self._line(i))
 
     def finish(self):
-        """All records, in order; then the one file holds them in order, whatever was interrupted."""
+        """All records, in order; then the one file holds them in order, whatever was
+        interrupted."""
         processes.wait_for_all()
         if processes.count() > 1:
             self._read()
@@ -193,8 +199,8 @@ def _cut_torn_line(file):
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold `path` (a run's folder, or a file) for this process alone, with a lock file beside or in it.
-    ValueError where another process holds it. A lock whose process has died is free."""
+    """Hold `path` (a run's folder, or a file) for this process alone, with a lock file beside or
+    in it. ValueError where another process holds it. A lock whose process has died is free."""
     path = Path(path)
     lock = path / "lock" if path.is_dir() else Path(f"{path}.lock")
     with open(lock, "w") as file:

@@ -1,9 +1,10 @@
-"""The file that `python stop.py --score` writes: a score a record, in order, resumable, with traces if wanted.
+"""The file that `python stop.py --score` writes: a score a record, in order, resumable, with
+traces if wanted.
 
-In: JSON lines with `prefix_token_ids` (plumbing/labels.py). Out: for each a line of: line, id, prefix (a digest of
-the ids), dtype, model and stop (digests of weights), label, logits, score. A trace is a file LINE.safetensors of the
-[STOP] positions' states: `layers` (layers, m, hidden) after each decoder layer, `hidden` (m, hidden) after the norm.
-"""
+In: JSON lines with `prefix_token_ids` (plumbing/labels.py). Out: for each a line of: line, id,
+prefix (a digest of the ids), dtype, model and stop (digests of weights), label, logits, score. A
+trace is a file LINE.safetensors of the [STOP] positions' states: `layers` (layers, m, hidden)
+after each decoder layer, `hidden` (m, hidden) after the norm. """
 import hashlib
 import json
 from pathlib import Path
@@ -18,9 +19,10 @@ from plumbing.records import Job, digest, locked, write_atomic
 def score_file(prefixes, batches, check, chance, who, out=None, trace=None):
     """Score LabelledPrefix records and write `out` (None: print), and a summary as the last line.
 
-    batches: numbers of the prefixes that share a pass. check(list of ids) -> (head logits, states) of one batch;
-    chance(logits) -> chances; who: which model, STOP and dtype. trace: a folder for the states. ValueError where
-    `out` holds scores of another input, model, STOP or dtype, or where the trace of a score is missing."""
+    batches: numbers of the prefixes that share a pass. check(list of ids) -> (head logits, states)
+    of one batch; chance(logits) -> chances; who: which model, STOP and dtype. trace: a folder for
+    the states. ValueError where `out` holds scores of another input, model, STOP or dtype, or
+    where the trace of a score is missing."""
     heads = []
     for prefix in prefixes:
         heads.append({"line": prefix.line, "id": prefix.problem, "prefix": digest(prefix.ids), "label": prefix.label})
@@ -64,7 +66,8 @@ def _score_batch(prefixes, numbers, check, chance):
 
 
 def _write_trace(trace, prefix, states):
-    """Write the states of one prefix, if asked to; -> {"trace": the file's digest} for its record, or {}."""
+    """Write the states of one prefix, if asked to; -> {"trace": the file's digest} for its record,
+    or {}."""
     if trace is None:
         return {}
     content = save({"layers": states[:-1].contiguous(), "hidden": states[-1].contiguous()})
@@ -103,8 +106,8 @@ def _print_scores(prefixes, batches, check, chance, heads, who, trace):
 
 
 def summary(scores, labels):
-    """Count and mean of the scores; where there are labels MSE and hard-label accuracy, as the authors' evaluator
-    has them: right is what lies above one half, of scores and of labels."""
+    """Count and mean of the scores; where there are labels MSE and hard-label accuracy, as the
+    authors' evaluator has them: right is what lies above one half, of scores and of labels."""
     report = {"count": len(scores), "mean_score": sum(scores) / len(scores)}
     pairs = [(score, label) for score, label in zip(scores, labels) if label is not None]
     if pairs:

@@ -1,4 +1,5 @@
-"""Whether a vote is decided before all have voted: exact, so that nothing is lost by stopping there."""
+"""Whether a vote is decided before all have voted: exact, so that nothing is lost by stopping
+there."""
 import re
 
 from plumbing.answers import same_answer
@@ -27,7 +28,8 @@ def is_decided(answers, weights, outstanding, kind="math"):
 
 
 def groups_that_may_be_equal(answers, kind):
-    """The answers in lists: two that may be equal, directly or through others, are in the same one."""
+    """The answers in lists: two that may be equal, directly or through others, are in the same
+    one."""
     groups = []
     for answer in answers:
         joined = [answer]
