@@ -199,7 +199,7 @@ def main(settings):
     judge = load_judge(settings)
     prefix = settings.prefix
     if prefix is None:
-        prefix = stored.stop.trained_with("prefix", 2048)
+        prefix = stored.stop.trained_for()[0]
     window = settings.window
     if window is None:
         window = max(1, prefix // 8)

@@ -123,7 +123,7 @@ def open_stored(settings):
     prefixes = checkpoints(settings, stop)
     limit = settings.max_new_tokens
     if limit is None:
-        limit = stop.trained_with("max_new_tokens", None)
+        limit = stop.trained_limit()
     records = sample_paths(
         model, tokenizer, problems, Path(settings.stored), settings.n, limit,
         sampling_of(settings), settings.batch)
@@ -134,7 +134,7 @@ def checkpoints(settings, stop):
     """The checkpoints of --prefixes, or some around the one that STOP was trained for."""
     if settings.prefixes is not None:
         return numbers("prefixes", settings.prefixes)
-    own = stop.trained_with("prefix", 2048)
+    own = stop.trained_for()[0]
     return [max(1, own // 2), own, own * 3 // 2, own * 2]
 
 
