@@ -182,11 +182,14 @@ class Job:
                         f"{file}:{line}: found an edited line or another run's: remove the line or the file")
                 head = {key: value for key, value in record.items() if key in head_keys}
                 number = numbers.get(digest(head))
-                if number is None or self.records[number] is not None:
-                    problem = "that was not asked for" if number is None else "for the second time"
-                    raise ValueError(f"{file}:{line}: found a record {problem}: remove the line")
-                self.records[number] = record
-                self.order.append(number)
+                place = f"{file}:{line}"
+                if number is None:
+                    raise ValueError(f"{place}: found a record that was not asked for: remove it")
+                if self.records[number] is None:
+                    self.records[number] = record
+                    self.order.append(number)
+                elif file == self.file:  # a part may repeat it: `finish` was killed before it left
+                    raise ValueError(f"{place}: found a record for the second time: remove it")
 
 
 def _cut_torn_line(file):
