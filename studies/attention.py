@@ -1,165 +1,277 @@
-"""What the [STOP] token attends to (paper, Figures 7 and 10): one HTML page, high- and low-scored paths side by side.
+"""What the [STOP] token attends to (paper, Figures 7 and 10): one HTML page of paths side by side.
 
-    python studies/attention.py                              # the embedded toy; writes runs/attention/attention.html
+    python studies/attention.py          # the embedded toy; writes runs/attention/attention.html
     python studies/attention.py --model M --stop S --data problems.jsonl --layer 20
 
-The weights are those of the last [STOP] position, whose state the head reads, over every position before it: the mean
-over layers and heads, or one layer's. A token's shade is its weight over the largest in its prefix. The page needs no
-other file.
+High-scored paths stand on the left, low-scored ones on the right. The weights are those of the last
+[STOP] position, whose state the head reads, over every position before it: the mean over layers and
+heads, or one layer's. A token's shade is its weight over the largest in its prefix. The page needs
+no other file.
 """
 import contextlib
 import dataclasses
 import html
 import json
 import sys
-from pathlib import Path as File
+from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(File(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as modeling
-from sample import Common, command_line, generate, open_model, option, prefill, room
-from stop import Stop
-from task import extract_answer, read_problems, same_answer, write_atomic
+from plumbing.answers import extract_answer, same_answer
+from plumbing.command_line import command_line, option, require_positive
+from plumbing.problems import Problem
+from plumbing.records import write_atomic
+from sample import generate, open_model, prefill, room, sampling_of
+from shared import StopSettings, load_problems, load_stop, require
+
+PARTS = ("prompt", "prefix", "stop")  # what is attended to
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(Common):
+class Settings(StopSettings):
     """What `python studies/attention.py` can be told."""
-
-    stop: str | None = option(None, "folder of the trained STOP (default: stop/ in the model's directory)")
-    data: str | None = option(None, "problems (default: test.jsonl in the model's directory)")
     out: str = option("runs/attention", "folder for attention.html")
     problems: int = option(4, "the first so many problems")
     n: int = option(16, "paths a problem, to choose from")
     show: int = option(2, "highest and lowest scored paths shown of each problem")
-    prefix: int | None = option(None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
+    prefix: int | None = option(
+        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
     layer: int | None = option(None, "one layer, from 0 (default: the mean of all)")
 
 
-@contextlib.contextmanager
-def watch(seen):
-    """While it lasts, every layer's attention appends to `seen` the weights of its last query, (B, H, S) float32.
+# The weights
 
-    S: the keys that the layer reads, fewer where it has a window. With sinks a row sums to less than one.
-    """
+
+def last_weights(q, k, mask, sinks):
+    """Attention weights (B, H, S) float32 of the last query; the arguments are model.attend's.
+    With sinks a row sums to less than one."""
+    B, _, H, D = q.shape
+    K = k.shape[1]
+    last = q[:, -1].view(B, K, H // K, D)
+    scores = torch.einsum("bkgd,bksd->bkgs", last, k) * D ** -0.5
+    scores = scores.float() + mask[:, -1, None, None]
+    scores = scores.reshape(B, H, -1)
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.float().view(1, H, 1).expand(B, H, 1)  # one more logit, that is dropped again
+    return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+
+
+@contextlib.contextmanager
+def watched_attention():
+    """A list that takes, while this lasts, the weights (B, H, S) of the last query in every layer.
+    S: the keys that the layer reads, fewer where it has a window."""
+    seen = []
     plain = modeling.attend
 
     def attend(q, k, v, mask, sinks=None):
-        B, _, H, D = q.shape
-        scores = torch.einsum("bkgd,bksd->bkgs", q[:, -1].view(B, k.shape[1], -1, D), k) * D ** -0.5
-        scores = (scores.float() + mask[:, -1, None, None]).reshape(B, H, -1)
-        if sinks is not None:  # one more logit, that joins the softmax and is dropped
-            scores = torch.cat((scores, sinks.float().view(1, H, 1).expand(B, H, 1)), -1)
-        seen.append(scores.softmax(-1)[..., :k.shape[2]])
+        seen.append(last_weights(q, k, mask, sinks))
         return plain(q, k, v, mask, sinks)
 
     modeling.attend = attend
     try:
-        yield
+        yield seen
     finally:
         modeling.attend = plain
 
 
 @torch.inference_mode()
 def weights_of(model, stop, prefix_ids, layer=None):
-    """(score, weights): STOP's score of one prefix, and where the last [STOP] position looks, (prefix + m,) float32.
-
-    The mean over heads of `layer`, or over all layers' heads; zero where a window hides a position.
-    """
+    """(score, weights): STOP's score of one prefix, and where the last [STOP] position looks,
+    (prefix + m,) float32: the mean over heads of `layer`, or of all layers. Zero where a window
+    hides a position."""
     cache, _ = prefill(model, [prefix_ids], stop.m)
-    seen = []
-    with watch(seen):
+    with watched_attention() as seen:
         score = stop.chance(stop(model, cache)).item()
+    assert len(seen) == model.config.num_hidden_layers, "one block of queries a layer"
     span = len(prefix_ids) + stop.m
-    rows = [torch.nn.functional.pad(weights[0].mean(0), (span - weights.shape[-1], 0)) for weights in seen]
-    return score, (torch.stack(rows).mean(0) if layer is None else rows[layer]).cpu()
+    rows = []
+    for weights in seen:
+        hidden_by_window = span - weights.shape[-1]
+        rows.append(torch.nn.functional.pad(weights[0].mean(0), (hidden_by_window, 0)))
+    weights = torch.stack(rows).mean(0) if layer is None else rows[layer]
+    return score, weights.cpu()
 
 
-def shaded(tokenizer, ids, weights):
-    """HTML of tokens, each shaded by its weight. A character of several tokens stands with its last, as their sum."""
-    largest, piece, stream, parts = max(max(weights), 1e-12), 0.0, tokenizer.stream(), []
-    for token, weight in zip(ids, weights):
-        text, piece = stream(token), piece + weight
-        if text:
-            parts.append(f'<span style="background:rgba(255,120,0,{min(1.0, piece / largest):.3f})" '
-                         f'title="{piece:.4f}">{html.escape(text)}</span>')
-            piece = 0.0
-    return "".join(parts)
+# The paths
 
+
+@dataclasses.dataclass
+class Reading:
+    """A path whose prefix was scored, and where the last [STOP] position looked."""
+    index: int           # which path of its problem
+    score: float
+    answer: str | None
+    right: bool
+    ids: list            # the prefix's new tokens
+    weights: list        # the attention on each of them
+    shares: dict         # of PARTS -> the attention on it
+
+
+@dataclasses.dataclass
+class Contrast:
+    """The highest and the lowest scored paths of a problem."""
+    problem: Problem
+    high: list   # of Reading, the highest first
+    low: list    # of Reading, the lowest first
+
+
+def read_path(model, stop, tokenizer, problem, path, checkpoint, layer):
+    """The Reading of a sampled path."""
+    prompt = path.prompt_ids
+    ids = path.ids[:checkpoint]
+    score, weights = weights_of(model, stop, prompt + ids, layer)
+    answer = extract_answer(tokenizer.completion(path.ids), problem.kind)
+    parts = weights.split([len(prompt), len(ids), stop.m])
+    return Reading(
+        index=path.index,
+        score=score,
+        answer=answer,
+        right=same_answer(answer, problem.answer, problem.kind),
+        ids=ids,
+        weights=parts[1].tolist(),
+        shares={name: part.sum().item() for name, part in zip(PARTS, parts)})
+
+
+def contrast(model, stop, tokenizer, problem, settings, checkpoint):
+    """The Contrast of a problem: n paths are sampled and scored, some of both ends are read."""
+    prompt = tokenizer.ask(problem)
+    limit = settings.max_new_tokens
+    if limit is None:
+        limit = stop.trained_limit()
+    limit = room(model, prompt, limit)
+    sampling = dataclasses.asdict(sampling_of(settings))
+    (paths,) = generate(model, [prompt], settings.n, limit, batch=settings.batch, **sampling)
+    scores = stop.score(model, [prompt + path.ids[:checkpoint] for path in paths]).tolist()
+    ranked = sorted(paths, key=lambda path: (-scores[path.index], path.index))
+
+    def read(chosen):
+        readings = []
+        for path in chosen:
+            readings.append(
+                read_path(model, stop, tokenizer, problem, path, checkpoint, settings.layer))
+        return readings
+
+    lowest = ranked[::-1]
+    return Contrast(problem, read(ranked[:settings.show]), read(lowest[:settings.show]))
+
+
+def mean_shares(contrasts):
+    """{high_prompt, ..., low_stop}: the mean share of the attention on each part, by side."""
+    means = {}
+    for side in ("high", "low"):
+        readings = []
+        for one in contrasts:
+            readings += getattr(one, side)
+        for part in PARTS:
+            shares = [reading.shares[part] for reading in readings]
+            means[f"{side}_{part}"] = sum(shares) / len(shares)
+    return means
+
+
+# The page
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:90em}
 td{vertical-align:top;width:50%;padding:.7em;border:1px solid #ccc}
 .text{font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere}.about{color:#555}
 table{border-collapse:collapse;width:100%}"""
 
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>What [STOP] attends to</title>
+<style>{style}</style></head>
+<body><h1>What [STOP] attends to</h1><p>{about}</p>
+{body}
+</body></html>
+"""
 
-def page(tokenizer, shown, about):
-    """The whole HTML page. shown: [(problem, high, low)], both lists of {index, score, right, answer, ids, weights,
-    prompt, prefix, own: shares of the attention}; about: the line under the title."""
-    def cell(path):
-        where = ", ".join(f"{path[part]:.1%} on the {name}" for part, name in (
-            ("prompt", "prompt"), ("prefix", "prefix"), ("own", "[STOP] tokens")))
-        verdict = "ended right" if path["right"] else "ended wrong"
-        return (f'<td><p class="about">path {path["index"]}, score {path["score"]:.3f}, {verdict} '
-                f'({html.escape(str(path["answer"]))}); attention: {where}</p>'
-                f'<div class="text">{shaded(tokenizer, path["ids"], path["weights"])}</div></td>')
+PROBLEM = """<h2>{id}</h2><p class=text>{problem}</p><p class=about>answer: {answer}</p>
+<table><tr><th>high scores</th><th>low scores</th></tr>
+{rows}
+</table>"""
 
-    body = []
-    for problem, high, low in shown:
-        body.append(f"<h2>{html.escape(problem.id)}</h2><p class=text>{html.escape(problem.problem)}</p>"
-                    f"<p class=about>answer: {html.escape(problem.answer)}</p>"
-                    "<table><tr><th>high scores</th><th>low scores</th></tr>")
-        body += [f"<tr>{cell(left)}{cell(right)}</tr>" for left, right in zip(high, low)] + ["</table>"]
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>What [STOP] attends to</title>'
-            f"<style>{STYLE}</style></head>\n<body><h1>What [STOP] attends to</h1><p>{html.escape(about)}</p>\n"
-            + "\n".join(body) + "\n</body></html>\n")
+CELL = (
+    '<td><p class="about">path {index}, score {score:.3f}, ended {verdict} ({answer}); attention: '
+    "{prompt:.1%} on the prompt, {prefix:.1%} on the prefix, {stop:.1%} on the [STOP] tokens</p>"
+    '<div class="text">{text}</div></td>')
+
+TOKEN = '<span style="background:rgba(255,120,0,{shade:.3f})" title="{weight:.4f}">{text}</span>'
+
+
+def shaded(tokenizer, ids, weights):
+    """HTML of tokens, each shaded by its weight. A character of several tokens stands with its last
+    one, under the sum of their weights."""
+    largest = max(max(weights), 1e-12)
+    text_of = tokenizer.stream()
+    spans = []
+    pending = 0.0  # weight of tokens whose character is not complete
+    for token, weight in zip(ids, weights):
+        pending += weight
+        text = text_of(token)
+        if text:
+            shade = min(1.0, pending / largest)
+            spans.append(TOKEN.format(shade=shade, weight=pending, text=html.escape(text)))
+            pending = 0.0
+    return "".join(spans)
+
+
+def cell(tokenizer, reading):
+    """HTML of one path."""
+    return CELL.format(
+        index=reading.index,
+        score=reading.score,
+        verdict="right" if reading.right else "wrong",
+        answer=html.escape(str(reading.answer)),
+        text=shaded(tokenizer, reading.ids, reading.weights),
+        **reading.shares)
+
+
+def page(tokenizer, contrasts, about):
+    """The whole HTML page. about: the line under the title."""
+    sections = []
+    for one in contrasts:
+        rows = []
+        for high, low in zip(one.high, one.low):
+            rows.append(f"<tr>{cell(tokenizer, high)}{cell(tokenizer, low)}</tr>")
+        sections.append(PROBLEM.format(
+            id=html.escape(one.problem.id),
+            problem=html.escape(one.problem.problem),
+            answer=html.escape(one.problem.answer),
+            rows="\n".join(rows)))
+    return PAGE.format(style=STYLE, about=html.escape(about), body="\n".join(sections))
 
 
 def main(settings):
-    """Sample, score, choose, write the page; the last line is one JSON object with the mean shares of attention."""
+    """Sample, score, choose, write the page; the last line is JSON: mean shares of attention."""
+    require_positive(settings, "problems", "n", "prefix", "max_new_tokens", "batch")
+    fits = 1 <= settings.show <= settings.n // 2
+    require("show", fits, settings.show, f"1 to half of n = {settings.n}")
     model, tokenizer = open_model(settings)
-    folder, layers = File(settings.model), model.config.num_hidden_layers
-    stop = Stop.load(settings.stop or folder / "stop", model).eval()
-    problems = read_problems(settings.data or folder / "test.jsonl")[:settings.problems]
-    if settings.problems is not None and settings.problems < 1:
-        raise ValueError(f"problems: found {settings.problems}, expected at least 1")
-    if settings.layer is not None and not 0 <= settings.layer < layers:
-        raise ValueError(f"layer: found {settings.layer}, expected 0 to {layers - 1}")
-    if not 1 <= settings.show <= settings.n // 2:
-        raise ValueError(f"show: found {settings.show}, expected 1 to half of n = {settings.n}")
-    trained = stop.trained.get("settings", {})
-    checkpoint = settings.prefix or trained.get("prefix", 2048)
-    shown, sums = [], {"high": torch.zeros(3), "low": torch.zeros(3)}
+    layers = model.config.num_hidden_layers
+    layer = settings.layer
+    require("layer", layer is None or 0 <= layer < layers, layer, f"0 to {layers - 1}")
+    stop = load_stop(settings, model)
+    problems = load_problems(settings)[:settings.problems]
+    checkpoint = settings.prefix
+    if checkpoint is None:
+        checkpoint = stop.trained_for()[0]
+
+    contrasts = []
     for problem in problems:
-        prompt = tokenizer.ask(problem)
-        limit = room(model, prompt, settings.max_new_tokens or trained.get("max_new_tokens"))
-        (paths,) = generate(model, [prompt], settings.n, limit, settings.temperature, settings.top_k, settings.top_p,
-                            settings.seed)
-        scores = stop.score(model, [prompt + path.ids[:checkpoint] for path in paths]).tolist()
-        ranked = sorted(range(settings.n), key=lambda i: (-scores[i], i))
-        sides = {"high": [], "low": []}
-        for side, chosen in (("high", ranked[:settings.show]), ("low", ranked[::-1][:settings.show])):
-            for i in chosen:
-                ids = paths[i].ids[:checkpoint]
-                score, weights = weights_of(model, stop, prompt + ids, settings.layer)
-                answer = extract_answer(tokenizer.completion(paths[i].ids), problem.kind)
-                parts = [part.sum().item() for part in weights.split([len(prompt), len(ids), stop.m])]
-                sums[side] += torch.tensor(parts) / (settings.show * len(problems))
-                sides[side].append({"index": i, "score": score, "answer": answer, "ids": ids,
-                                    "right": same_answer(answer, problem.answer, problem.kind),
-                                    "weights": weights[len(prompt):len(prompt) + len(ids)].tolist(),
-                                    **dict(zip(("prompt", "prefix", "own"), parts))})
-        shown.append((problem, sides["high"], sides["low"]))
-    which = f"mean over {layers} layers" if settings.layer is None else f"layer {settings.layer} of {layers}"
-    about = (f"{settings.model}: attention of the last of {stop.m} [STOP] positions over prefixes of at most "
-             f"{checkpoint} tokens, {which} and over heads; the darker, the more, within each prefix.")
-    out = File(settings.out)
+        contrasts.append(contrast(model, stop, tokenizer, problem, settings, checkpoint))
+    which = f"mean over {layers} layers" if layer is None else f"layer {layer} of {layers}"
+    about = (
+        f"{settings.model}: attention of the last of {stop.m} [STOP] positions over prefixes of at "
+        f"most {checkpoint} tokens, {which} and over heads; the darker, the more, within each "
+        "prefix.")
+    out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "attention.html", page(tokenizer, shown, about))
-    print(json.dumps({"page": str(out / "attention.html")} | {
-        f"{side}_{part}": round(value, 4) for side, total in sums.items()
-        for part, value in zip(("prompt", "prefix", "stop"), total.tolist())}))
+    write_atomic(out / "attention.html", page(tokenizer, contrasts, about))
+    last = {"page": str(out / "attention.html")}
+    for name, share in mean_shares(contrasts).items():
+        last[name] = round(share, 4)
+    print(json.dumps(last))
 
 
 if __name__ == "__main__":
