@@ -45,7 +45,8 @@ class LoRA(nn.Module):
         for target in self.targets:
             if target not in known:
                 names = ", ".join(sorted(known))
-                raise ValueError(f"targets: found {target!r}, expected some of the model's linears: {names}")
+                raise ValueError(
+                    f"targets: found {target!r}, expected some of the model's linears: {names}")
         generator = torch.Generator().manual_seed(seed)
         self.pairs = {}
         for name, linear in linears.items():

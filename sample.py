@@ -97,7 +97,7 @@ def uniform(keys, position):
     return bits.double() * 2.0 ** -53
 
 
-# ------------------------------------------------------------------------------- from logits to token
+# ------------------------------------------------------------------------------ logits to token
 
 
 def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
@@ -119,7 +119,7 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
     if top_k == V and top_p == 1:
         return logits.softmax(-1)
 
-    # Totals in float64: they come out the same whichever zeros stand between the terms (see `choose`).
+    # Totals in float64 come out the same whichever zeros stand between the terms (see `choose`).
     largest = _largest(logits, top_k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if top_p < 1:
@@ -134,7 +134,7 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
 
 def _largest(logits, count):
     """The `count` largest of logits (..., V), in falling order."""
-    if logits.device.type == "cpu" and logits.shape[-1] <= 1024:  # few: numpy is several times faster
+    if logits.device.type == "cpu" and logits.shape[-1] <= 1024:  # numpy is faster there
         array = logits.detach().numpy()
         top = np.sort(np.partition(array, -count)[..., -count:])
         return torch.from_numpy(top).flip(-1)
@@ -174,19 +174,19 @@ def choose(logits, noise, sampling):
     return tokens
 
 
-# ------------------------------------------------------------------------------------ paths and batch
+# -------------------------------------------------------------------------------- paths and batch
 
 
 @dataclasses.dataclass
 class Path:
     """One sampled path. `ids` are its new tokens only, an end token included."""
     prompt_ids: list
-    index: int                     # which path of its prompt: with seed and prompt it fixes the noise
+    index: int                     # which path of its prompt: it fixes the noise
     ids: list = dataclasses.field(default_factory=list)
     status: str = "running"        # running, pruned, eos, length, decided (stop.py)
     score: float | None = None     # the chance that it ends right, once checked
     branches: tuple = ()           # at each branching, which of the copies it is
-    inherited: int = 0             # how many of `ids` were decoded for the path that it branched from
+    inherited: int = 0             # how many of `ids` were decoded before it branched off
     prompt_number: int = 0         # which of the prompts that are sampled together
 
     @property
@@ -262,7 +262,7 @@ class Prompts:
             wanted.add(tuple(path.prompt_ids))
         prompts = sorted(wanted, key=len)  # like lengths together: little padding
         self.cache, _ = prefill(self.model, prompts)
-        # The last token of a prompt is decoded as a path's newest token always is: in the next step.
+        # The last token of a prompt is decoded as a path's newest token is: in the next step.
         self.cache.set_lengths([len(prompt) - 1 for prompt in prompts])
         self.places = {prompt: row for row, prompt in enumerate(prompts)}
         self.keys = {prompt: prompt_key(self.sampling.seed, prompt) for prompt in prompts}
@@ -275,7 +275,7 @@ class Batch:
     last one) is `pending`: not yet in the cache. `settle` puts it there and gives the hidden states
     from which the next tokens are drawn. `decoded` counts rows x steps as they were computed.
     """
-    SORT_EVERY = 32  # steps after which rows of like length are put side by side: they read fewer slots
+    SORT_EVERY = 32  # steps until rows of like length are put side by side: they read fewer slots
 
     def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
                  on_end=None):
@@ -385,7 +385,7 @@ class Batch:
         """The next token (B,) of every row; it becomes the pending one."""
         logits = self.model.logits(self.hidden)  # (B, V)
         noise = uniform(self.keys, self.drawn)
-        at_once = 2 ** 24 if logits.is_cuda else 2 ** 20  # numbers: bounds the memory of temporaries
+        at_once = 2 ** 24 if logits.is_cuda else 2 ** 20  # numbers in a temporary
         block = max(1, at_once // logits.shape[-1])
         tokens = []
         for part, numbers in zip(logits.split(block), noise.split(block)):
@@ -496,7 +496,7 @@ class DecodeStep:
 
     def _capture(self, tokens, cache, span):
         for rows, slots in list(self.graphs):
-            if rows != cache.rows:  # rows never come back: their graph would hold memory for nothing
+            if rows != cache.rows:  # they never come back: the graph would only hold memory
                 del self.graphs[rows, slots]
         fed = tokens.clone()
         stream = torch.cuda.Stream()
@@ -523,10 +523,12 @@ def check_prompts(model, prompts, longest):
             raise ValueError(f"prompt {i}: found no token, expected at least one")
         if len(prompt) + longest > context:
             raise ValueError(
-                f"prompt {i}: {len(prompt)} tokens and {longest} new ones exceed the context of {context}")
+                f"prompt {i}: {len(prompt)} tokens and {longest} new ones exceed the context "
+                f"of {context}")
         for token in prompt:
             if not 0 <= token < vocab:
-                raise ValueError(f"prompt {i}: token id {token} lies outside the vocabulary of {vocab}")
+                raise ValueError(
+                    f"prompt {i}: token id {token} lies outside the vocabulary of {vocab}")
 
 
 def require_finite(values, what):
@@ -580,8 +582,8 @@ def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, ba
     group.decode(until=limit)
 
 
-def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95, seed=0,
-             eos_ids=None, batch=None, bar=None, on_end=None):
+def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95,
+             seed=0, eos_ids=None, batch=None, bar=None, on_end=None):
     """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
 
     eos_ids: end tokens (None: the model's own). batch: rows at a time (None: as many as fit the
@@ -696,7 +698,7 @@ def peak_memory():
 def main(settings):
     """Print n paths as they end; the last line is one JSON object."""
     require_positive(settings, "n", "batch", "max_new_tokens")
-    sampling_of(settings)
+    sampling = sampling_of(settings)
     model, tokenizer = open_model(settings)
     prompt_ids = tokenizer.prompt(settings.prompt)
     limit = room(model, prompt_ids, settings.max_new_tokens)
@@ -708,8 +710,8 @@ def main(settings):
     start = time.perf_counter()
     with token_bar("paths", settings.n * limit) as bar:
         (paths,) = generate(
-            model, [prompt_ids], settings.n, limit, settings.temperature, settings.top_k, settings.top_p,
-            settings.seed, batch=settings.batch, bar=bar, on_end=show)
+            model, [prompt_ids], settings.n, limit, **dataclasses.asdict(sampling),
+            batch=settings.batch, bar=bar, on_end=show)
     seconds = time.perf_counter() - start
     tokens = sum(len(path.ids) for path in paths)
     print(json.dumps({

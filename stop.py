@@ -35,8 +35,8 @@ from plumbing.scores import score_file
 from plumbing.stop_files import match, read_stop, write_stop
 from plumbing.votes import is_decided
 from sample import (
-    Batch, Path, Sampling, check_prompts, model_digest, open_model, prefill, require_finite, room, sampling_of,
-    token_bar)
+    Batch, Path, Sampling, check_prompts, model_digest, open_model, prefill, require_finite, room,
+    sampling_of, token_bar)
 
 
 class Stop(torch.nn.Module):
@@ -76,7 +76,8 @@ class Stop(torch.nn.Module):
     def forward(self, model, cache):
         """Head logits (B, 1 or 2) for the prefixes in a cache's rows, which stay as they are: the
         [STOP] keys and values go to dead slots behind each row, and no row becomes longer."""
-        tokens = self.tokens.expand(cache.rows, self.m, -1).to(cache.keys[0].dtype)  # (B, m, hidden)
+        tokens = self.tokens.expand(cache.rows, self.m, -1)  # (B, m, hidden)
+        tokens = tokens.to(cache.keys[0].dtype)
         everywhere = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         hidden = model.run(tokens, cache, adapter=self.lora.at(everywhere))
         return self.head(hidden[:, -1].float())
@@ -123,9 +124,14 @@ class Stop(torch.nn.Module):
 
     def about(self):
         """What must agree between a saved STOP's two files, and with the model it is loaded for."""
-        return {"m": self.m, "shared": self.shared, "rank": self.lora.rank, "alpha": self.lora.alpha,
-                "targets": list(self.lora.targets), "head": self.head_kind,
-                "base_fingerprint": self.base_fingerprint}
+        return {
+            "m": self.m,
+            "shared": self.shared,
+            "rank": self.lora.rank,
+            "alpha": self.lora.alpha,
+            "targets": list(self.lora.targets),
+            "head": self.head_kind,
+            "base_fingerprint": self.base_fingerprint}
 
     def weights(self):
         """{name on disk: tensor}: LoRA's pairs bear the names of their linears."""
@@ -145,8 +151,8 @@ class Stop(torch.nn.Module):
         expected = fingerprint(model.config)
         if saved.base_fingerprint not in (None, expected):
             raise ValueError(
-                f"{saved.file}: base_fingerprint: found {saved.base_fingerprint!r}, expected {expected!r}, "
-                "the model's: this STOP was trained for another model")
+                f"{saved.file}: base_fingerprint: found {saved.base_fingerprint!r}, expected "
+                f"{expected!r}, the model's: this STOP was trained for another model")
         stop = cls(model, **saved.settings)
         stop.trained = saved.trained
         weights = stop.weights()
@@ -163,7 +169,7 @@ def like_lengths(prefixes, batch):
     return [order[start:start + batch] for start in range(0, len(order), batch)]
 
 
-# ------------------------------------------------------------------------- Launch, Check, Resume, vote
+# -------------------------------------------------------------------- Launch, Check, Resume, vote
 
 
 def retention(budget, prefix, task):
@@ -217,11 +223,11 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
     batch = Batch(model, paths, n, capacities[0], max_new_tokens, sampling, eos_ids, bar)
     alive = list(paths)
     for stage, capacity in zip(stages, capacities[1:]):
-        batch.decode(until=stage.checkpoint)          # Launch: all paths up to the checkpoint
-        score_live(model, stop, batch)                # Check: [STOP] on the cache, which stays as it was
-        score_ended(model, stop, alive)               #        ended paths have left it: prefilled again
+        batch.decode(until=stage.checkpoint)     # Launch: all paths up to the checkpoint
+        score_live(model, stop, batch)           # Check: [STOP] on the cache, which stays as it was
+        score_ended(model, stop, alive)          #        ended paths have left it: prefilled again
         alive, pruned = rank(alive, stage.keep)
-        batch.prune(pruned)                           # Resume: the best go on, the others' rows are freed
+        batch.prune(pruned)                      # Resume: the best go on, other rows are freed
         new_paths = batch.resume(stage.branch, capacity)
         alive += new_paths
         paths += new_paths
@@ -260,8 +266,9 @@ def require_rows(model, n, stages, capacities):
         needed = count * memory.row_bytes(model.config, capacity, element)
         if needed > free:
             raise ValueError(
-                f"n: found {n}; {count} rows of {capacity:,} positions need {needed / memory.GB:.1f} GB, "
-                f"{free / memory.GB:.1f} GB are free: lower --n, --keep or --prefix")
+                f"n: found {n}; {count} rows of {capacity:,} positions need "
+                f"{needed / memory.GB:.1f} GB, {free / memory.GB:.1f} GB are free: lower --n, "
+                "--keep or --prefix")
 
 
 def score_live(model, stop, batch):
@@ -328,25 +335,32 @@ def stop_when_decided(batch, paths, answer_of, kind):
     return ended
 
 
-# ---------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- command line
 
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python stop.py` can be told."""
     prompt: str | None = option(None, "the question")
-    score: str | None = option(None, "instead of a question, prefixes to score: JSON lines with prefix_token_ids")
-    out: str | None = option(None, "with --score: file of the scores, taken up where it stopped (default: printed)")
-    trace: str | None = option(None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
-    stop: str | None = option(None, "folder of the trained STOP (default: stop/ in the model's directory)")
+    score: str | None = option(
+        None, "instead of a question, prefixes to score: JSON lines with prefix_token_ids")
+    out: str | None = option(
+        None, "with --score: file of the scores, taken up where it stopped (default: printed)")
+    trace: str | None = option(
+        None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
+    stop: str | None = option(
+        None, "folder of the trained STOP (default: stop/ in the model's directory)")
     n: int = option(64, "paths launched")
     keep: int | None = option(None, "paths resumed (default: an eighth)")
     retention: float | None = option(None, "paths resumed, as a share of n")
-    budget: int | None = option(None, "all tokens to spend: the retention comes from the paper's guideline")
+    budget: int | None = option(
+        None, "all tokens to spend: the retention comes from the paper's guideline")
     task_length: int = option(8650, "tokens of a usual response, for the guideline")
-    prefix: int | None = option(None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
-    cascade: str | None = option(None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
-                                       "2048:32,4096:4x2")
+    prefix: int | None = option(
+        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
+    cascade: str | None = option(
+        None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
+        "2048:32,4096:4x2")
     branch: int = option(1, "how many paths each resumed prefix goes on as")
     decide: bool = option(True, "stop when the running paths can no longer change the vote")
     kind: str = option("math", "math or choice: what the answer is")
@@ -358,7 +372,8 @@ def parse_checkpoints(text):
         checkpoints = [int(number) for number in text.split(",")]
         if len(set(checkpoints)) == len(checkpoints):
             return checkpoints
-    raise ValueError(f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
+    raise ValueError(
+        f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
 
 
 def parse_cascade(text):
@@ -369,7 +384,8 @@ def parse_cascade(text):
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})(?:x(\d{1,9}))?", part, re.ASCII)
         if match is None:
             raise ValueError(
-                f"cascade: found {shown(text)}, expected checkpoint:keep pairs as in 2048:32,4096:16")
+                f"cascade: found {shown(text)}, expected checkpoint:keep pairs as in "
+                "2048:32,4096:16")
         stages.append(Stage(*(int(number) for number in match.groups("1"))))
     return stages
 
@@ -419,7 +435,8 @@ def answer_prompt(model, stop, tokenizer, settings):
     finished = [path for path in paths if path.status in ("eos", "length")]
     answers = [answer_of(path) for path in finished]
     for path, answer in zip(finished, answers):
-        print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, score {path.score:.4f}): {answer}")
+        print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "
+              f"score {path.score:.4f}): {answer}")
     spent = sum(len(path.ids) - path.inherited for path in paths)
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = settings.n * sum(len(path.ids) for path in finished) / len(finished)
@@ -476,7 +493,8 @@ def score_prefixes(model, stop, settings):
 def main(settings):
     """Answer a prompt, or score a file of prefixes; the last line is one JSON object."""
     check(settings)
-    given = [flag for flag in ("prompt", "score", "out", "trace") if getattr(settings, flag) is not None]
+    flags = ("prompt", "score", "out", "trace")
+    given = [flag for flag in flags if getattr(settings, flag) is not None]
     if given != ["prompt"] and given[:1] != ["score"]:
         found = " --".join(given or ["none"])
         raise ValueError(f"found --{found}, expected --prompt, or --score, --out and --trace")
@@ -501,7 +519,8 @@ def check(settings):
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
     if settings.retention is not None and settings.retention > 1:
-        raise ValueError(f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
+        raise ValueError(
+            f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
 
 
 if __name__ == "__main__":

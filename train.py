@@ -36,8 +36,8 @@ from plumbing.problems import Problem, read_problems, read_sources, without_held
 from plumbing.records import (
     Job, claim, digest, locked, read_json, read_sealed, write_sealed)
 from sample import (
-    check_prompts, decoding_rate, model_digest, open_model, prefill, require_finite, room, sample_all, sample_paths,
-    sampling_of, token_bar)
+    check_prompts, decoding_rate, model_digest, open_model, prefill, require_finite, room,
+    sample_all, sample_paths, sampling_of, token_bar)
 from stop import Stop, parse_checkpoints
 
 
@@ -45,17 +45,20 @@ from stop import Stop, parse_checkpoints
 class Settings(Common):
     """What `python train.py` can be told. The defaults are the paper's; a checkpoint's recipe.json
     comes before them."""
-    data: str | None = option(None, "training problems, one or several sources with commas between "
-                                    "(default: train.jsonl in the model's directory)")
-    test: str | None = option(None, "held-out problems, to evaluate at the end (default: test.jsonl there, if any)")
+    data: str | None = option(
+        None, "training problems, one source or several with commas between (default: train.jsonl "
+        "in the model's directory)")
+    test: str | None = option(
+        None, "held-out problems, to evaluate at the end (default: test.jsonl there, if any)")
     labels: str | None = option(None, "train on these records instead of making them")
     out: str | None = option(None, "folder of the run (default: runs/ and the model's name)")
     problems: int | None = option(None, "only the first so many training problems")
     paths: int = option(32, "paths a problem, to stratify")
     low: int = option(4, "fewest right paths of a problem that stays")
     high: int = option(28, "most right paths of a problem that stays")
-    prefix: str = option("2048", "the checkpoint: new tokens of a prefix; or several, as in 2048,1024,4096, "
-                                 "of which the first is the usual one of stop.py and eval.py")
+    prefix: str = option(
+        "2048", "the checkpoint: new tokens of a prefix; or several, as in 2048,1024,4096, of "
+        "which the first is the usual one of stop.py and eval.py")
     prefixes: int = option(32, "prefixes a problem and checkpoint, of its first paths")
     rollouts: int = option(32, "continuations of a prefix")
     m: int = option(4, "[STOP] tokens")
@@ -63,7 +66,8 @@ class Settings(Common):
     head: str = option("sigmoid", "sigmoid (paper: one logit) or softmax (release: two)")
     rank: int = option(128, "of the LoRA")
     alpha: float | None = option(None, "of the LoRA (default: twice the rank)")
-    targets: str | None = option(None, "linears with LoRA, as in q_proj,v_proj (default: all seven that are there)")
+    targets: str | None = option(
+        None, "linears with LoRA, as in q_proj,v_proj (default: all seven that are there)")
     dropout: float = option(0.0, "before the LoRA")
     lr: float = option(2e-5, "AdamW's learning rate")
     weight_decay: float = option(0.01, "AdamW's")
@@ -74,7 +78,8 @@ class Settings(Common):
     cosine: bool = option(False, "cosine decay to zero instead of a constant rate")
     clip: float = option(0.0, "largest gradient norm (0 = off)")
     validation: float = option(0.1, "share of the problems held out to choose the best epoch")
-    cache_gb: float | None = option(None, "prefixes' KV caches kept between epochs (default: half of the free memory)")
+    cache_gb: float | None = option(
+        None, "prefixes' KV caches kept between epochs (default: half of the free memory)")
     n: int = option(64, "evaluation: paths a problem")
     keep: int = option(8, "evaluation: paths kept")
     plan: bool = option(False, "only say what the run will take, and end")
@@ -101,8 +106,8 @@ def check(settings):
 
     sampling_of(settings)
     require_positive(
-        settings, "max_new_tokens", "batch", "problems", "paths", "prefixes", "rollouts", "m", "rank",
-        "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
+        settings, "max_new_tokens", "batch", "problems", "paths", "prefixes", "rollouts", "m",
+        "rank", "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
     parse_checkpoints(settings.prefix)
     require_choice(settings, "head", "sigmoid", "softmax")
     require("prefixes", settings.prefixes <= settings.paths, f"at most paths = {settings.paths}")
@@ -136,11 +141,12 @@ def make_labels(model, tokenizer, problems, settings, out, plan):
     records = sample_paths(model, tokenizer, problems, out, settings.paths, settings.max_new_tokens,
                            sampling, settings.batch)
     staying = stratify(records, settings)
-    kept = [(record, problem) for record, problem, stays in zip(records, problems, staying) if stays]
+    pairs = zip(records, problems)
+    kept = [pair for pair, stays in zip(pairs, staying) if stays]
     cuts = cut_prefixes(kept, settings)
     if processes.is_first():
-        print(f"stratified: {len(kept)} of {len(problems)} problems stay, with {len(cuts)} prefixes",
-              flush=True)
+        print(f"stratified: {len(kept)} of {len(problems)} problems stay, with {len(cuts)} "
+              "prefixes", flush=True)
         restate(plan, records, cuts)
     return roll_out(model, tokenizer, cuts, settings, out)
 
@@ -197,12 +203,14 @@ def roll_out(model, tokenizer, cuts, settings, out):
     """The soft labels of Cuts: the share of K continuations that end right. A path that has ended
     is its own only continuation."""
     if not cuts:
-        raise ValueError(f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
-                         "paths right, expected some to train on")
+        raise ValueError(
+            f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
+            "paths right, expected some to train on")
     limit = min(room(model, cut.record["prompt_ids"], settings.max_new_tokens) for cut in cuts)
     last = max(cut.checkpoint for cut in cuts)
     if limit <= last:
-        raise ValueError(f"prefix: found {last}, expected less than the limit of {limit} new tokens")
+        raise ValueError(
+            f"prefix: found {last}, expected less than the limit of {limit} new tokens")
 
     K = settings.rollouts
     sampling = sampling_of(settings)
@@ -230,7 +238,8 @@ def roll_out(model, tokenizer, cuts, settings, out):
 
             length = limit - checkpoint
             with token_bar(f"rollouts from {checkpoint}", len(prompts) * K * length) as bar:
-                sample_all(model, prompts, K, length, sampling, grade, batch=settings.batch, bar=bar)
+                sample_all(
+                    model, prompts, K, length, sampling, grade, batch=settings.batch, bar=bar)
     return job.finish()
 
 
@@ -252,10 +261,12 @@ def given_labels(file, model, tokenizer, m, tests):
     examples = []
     for prefix in read_prefixes(file, check_ids):
         if prefix.label is None:
-            raise ValueError(f"{file}:{prefix.line}: soft_label: found none, expected a number in [0, 1]")
+            raise ValueError(
+                f"{file}:{prefix.line}: soft_label: found none, expected a number in [0, 1]")
         for name, prompt in held_out:
             if prefix.ids[:len(prompt)] == prompt:
-                raise ValueError(f"{file}:{prefix.line}: problem {prefix.problem} is held-out problem {name}")
+                raise ValueError(
+                    f"{file}:{prefix.line}: problem {prefix.problem} is held-out problem {name}")
         problem = f"line {prefix.line}" if prefix.problem is None else prefix.problem
         examples.append(Example(prefix.ids, prefix.label, problem, prefix.checkpoint))
     return examples
@@ -270,7 +281,9 @@ def split(examples, share, seed):
     count = max(1, round(share * len(problems)))
     held = {problems[i] for i in order[:count]}
     if len(held) == len(problems):
-        raise ValueError(f"labels: found {len(problems)} problem(s), expected several, to hold some out for validation")
+        raise ValueError(
+            f"labels: found {len(problems)} problem(s), expected several, to hold some out for "
+            "validation")
     training = [example for example in examples if example.problem not in held]
     validation = [example for example in examples if example.problem in held]
     return training, validation
@@ -409,7 +422,8 @@ def fit(model, examples, settings, out, identity):
     training = prepare(training, cache_bytes=free * (1 - settings.validation))
     validation = prepare(validation, cache_bytes=free * settings.validation)
     stop = new_stop(model, settings)
-    optimizer = torch.optim.AdamW(stop.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        stop.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     first, best = resume_fit(stop, optimizer, out, identity)
     if processes.is_first():
         describe(training, "fit")
@@ -418,7 +432,8 @@ def fit(model, examples, settings, out, identity):
 
     steps = math.ceil(len(training.batches) / settings.accumulation)  # an epoch
     silent = None if processes.is_first() else True
-    with tqdm(total=settings.epochs * steps, initial=first * steps, unit="step", desc="fit", disable=silent) as bar:
+    with tqdm(total=settings.epochs * steps, initial=first * steps, unit="step", desc="fit",
+              disable=silent) as bar:
         for epoch in range(first, settings.epochs):
             row = train_epoch(model, stop, optimizer, training, settings, epoch, bar)
             row |= validate(model, stop, validation)
@@ -427,7 +442,10 @@ def fit(model, examples, settings, out, identity):
                 tqdm.write(f"epoch {epoch + 1}: {', '.join(values)}")
                 if row["validation_loss"] < best:
                     best = row["validation_loss"]
-                    trained = {"settings": dataclasses.asdict(settings), "epoch": epoch + 1, "metrics": row}
+                    trained = {
+                        "settings": dataclasses.asdict(settings),
+                        "epoch": epoch + 1,
+                        "metrics": row}
                     stop.save(out / "stop", trained)
                 save_fit(stop, optimizer, out, identity, epoch + 1, best)
     processes.wait_for_all()
@@ -457,7 +475,11 @@ def describe(prefixes, name):
 def save_fit(stop, optimizer, out, identity, epochs, best):
     """Write all that the coming epochs need to out/fit.pt."""
     content = io.BytesIO()
-    state = {"epochs": epochs, "best": best, "stop": stop.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {
+        "epochs": epochs,
+        "best": best,
+        "stop": stop.state_dict(),
+        "optimizer": optimizer.state_dict()}
     torch.save(state, content)
     write_sealed(out / "fit.pt", identity, content.getvalue())
 
@@ -467,7 +489,8 @@ def resume_fit(stop, optimizer, out, identity):
     file = out / "fit.pt"
     if not file.is_file():
         return 0, math.inf
-    content = read_sealed(file, identity, "remove it to fit again from the first epoch; the labels are kept")
+    advice = "remove it to fit again from the first epoch; the labels are kept"
+    content = read_sealed(file, identity, advice)
     device = stop.head.weight.device
     state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     stop.load_state_dict(state["stop"])

@@ -1,1 +1,1 @@
-"""What is looked up and not read: files, formats, records, command lines. The story stands one folder up."""
+"""What is looked up, not read: files, formats, command lines. The story stands one folder up."""

@@ -16,6 +16,11 @@ import torch
 from plumbing import processes
 
 KEPT = "finished records are kept: the same command takes them up"
+EXPECTED = {
+    int: "an integer of at most 64 bits",
+    float: "a number of at most 64 bits",
+    str: "a text",
+    bool: "true or false"}
 
 
 def option(default, text):
@@ -85,7 +90,8 @@ def check_values(settings, values, source=None):
     fields = {field.name: field for field in dataclasses.fields(settings)}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"{place}{one_line(name)}: found {shown(value)}, expected no such setting")
+            raise ValueError(
+                f"{place}{one_line(name)}: found {shown(value)}, expected no such setting")
         kind = value_type(fields[name])
         allowed = (int, float) if kind is float else (kind,)
         optional = isinstance(fields[name].type, types.UnionType)
@@ -93,10 +99,7 @@ def check_values(settings, values, source=None):
         if fits and type(value) in (int, float):
             fits = -2 ** 63 <= value < 2 ** 64  # refuses nan and infinity too
         if not fits:
-            expected = "a number of at most 64 bits" if kind in (int, float) else f"a {kind.__name__}"
-            if kind is int:
-                expected = "an integer of at most 64 bits"
-            raise ValueError(f"{place}{name}: found {shown(value)}, expected {expected}")
+            raise ValueError(f"{place}{name}: found {shown(value)}, expected {EXPECTED[kind]}")
 
 
 def require_positive(settings, *names):
@@ -155,7 +158,8 @@ def command_line(settings, main, recipe=None):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        stop_with(2, f"error: out of memory: lower --batch (rows at a time), --max-new-tokens or --n; {KEPT}")
+        stop_with(2, "error: out of memory: lower --batch (rows at a time), --max-new-tokens or "
+                     f"--n; {KEPT}")
 
 
 def stop_with(status, line):

@@ -9,7 +9,8 @@ import dataclasses
 from plumbing.checkpoint import shorten
 from plumbing.records import read_records
 
-LABEL_KEYS = ("soft_label", "Soft_label", "good_probability", "label_prob", "score")  # ours, the authors'
+# ours, then the authors'
+LABEL_KEYS = ("soft_label", "Soft_label", "good_probability", "label_prob", "score")
 
 
 @dataclasses.dataclass
@@ -30,7 +31,8 @@ def read_prefixes(file, check):
         place = f"{file}:{line}"
         ids = record.get("prefix_token_ids")
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise ValueError(f"{place}: prefix_token_ids: found {shorten(ids)}, expected a list of token ids")
+            raise ValueError(
+                f"{place}: prefix_token_ids: found {shorten(ids)}, expected a list of token ids")
         try:
             check(ids)
         except ValueError as error:
@@ -54,6 +56,7 @@ def _read_label(record, place):
         if key in record:
             label = record[key]
             if type(label) not in (int, float) or not 0 <= label <= 1:
-                raise ValueError(f"{place}: {key}: found {shorten(label)}, expected a number in [0, 1]")
+                raise ValueError(
+                    f"{place}: {key}: found {shorten(label)}, expected a number in [0, 1]")
             return float(label)
     return None

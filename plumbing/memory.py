@@ -14,7 +14,7 @@ from plumbing import processes
 MOST_ROWS = 1024  # more rows a step than this no longer raise the rate
 PREFILL_TOKENS = 8192  # positions of one prefill pass: enough to keep a GPU busy
 SHARE = 0.9  # of the free memory; the rest is for allocators and fragments
-SCORE_COPIES = 12  # bytes an attention score: float32 scores, their softmax, one more while they are made
+SCORE_COPIES = 12  # bytes an attention score: float32 scores, their softmax, one in the making
 GB = 1e9
 
 
@@ -75,8 +75,9 @@ def rows_that_fit(config, capacity, element, free):
     if rows < 1:
         needed = working_bytes(config, capacity, element) + row_bytes(config, capacity, element)
         raise ValueError(
-            f"memory: one row of {capacity:,} positions needs {needed / SHARE / GB:.1f} GB beside the "
-            f"weights, {free / GB:.1f} GB are free: lower --max-new-tokens, or take a larger device")
+            f"memory: one row of {capacity:,} positions needs {needed / SHARE / GB:.1f} GB beside "
+            f"the weights, {free / GB:.1f} GB are free: lower --max-new-tokens, or take a larger "
+            "device")
     return min(rows, MOST_ROWS)
 
 
@@ -105,5 +106,5 @@ def require_weights(folder, needed, device):
     free = free_bytes(device)
     if needed > free:
         raise ValueError(
-            f"{folder}: its weights need {needed / GB:.1f} GB, {device} has {free / GB:.1f} GB free: "
-            "take another --dtype or a larger device")
+            f"{folder}: its weights need {needed / GB:.1f} GB, {device} has {free / GB:.1f} GB "
+            "free: take another --dtype or a larger device")

@@ -44,7 +44,8 @@ class Plan:
         lines = []
         if self.problems:
             lines.append(
-                f"{self.problems:,} problems x {self.paths} paths, {tokens['paths'] / 1e6:,.1f} M tokens")
+                f"{self.problems:,} problems x {self.paths} paths, "
+                f"{tokens['paths'] / 1e6:,.1f} M tokens")
             lines.append(
                 f"{self.prefixes:,} prefixes x {self.rollouts} rollouts, "
                 f"{tokens['rollouts'] / 1e6:,.1f} M tokens")

@@ -22,7 +22,7 @@ def read_json(path, raw=None, expected=dict):
         value = json.loads(content.decode("utf-8-sig").rstrip())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number or a nesting without end
+    except (ValueError, RecursionError) as error:  # also not UTF-8, or a nesting without end
         reason = str(error).replace("line 1 column", "column")
         raise ValueError(f"{path}: not JSON: {reason}") from None
     if not isinstance(value, expected):
@@ -70,7 +70,8 @@ def claim(file, settings):
             if key not in found or key not in settings or found[key] != settings[key]:
                 shown = repr(found.get(key, "nothing"))[:60]
                 asked = repr(settings.get(key, "no such key"))[:60]
-                raise ValueError(f"{file}: {key}: found {shown}, expected {asked} as asked: take another --out")
+                raise ValueError(
+                    f"{file}: {key}: found {shown}, expected {asked} as asked: take another --out")
     elif processes.is_first():
         write_atomic(file, json.dumps(settings, indent=1) + "\n")
     processes.wait_for_all()
@@ -179,7 +180,8 @@ class Job:
                 seal = record.pop("seal", None)
                 if seal != digest(self.identity, record):
                     raise ValueError(
-                        f"{file}:{line}: found an edited line or another run's: remove the line or the file")
+                        f"{file}:{line}: found an edited line or another run's: remove the line "
+                        "or the file")
                 head = {key: value for key, value in record.items() if key in head_keys}
                 number = numbers.get(digest(head))
                 place = f"{file}:{line}"
@@ -213,7 +215,8 @@ def locked(path):
                 raise OSError("the lock file was replaced in this moment")
         except OSError:
             raise ValueError(
-                f"{path}: another process is at work there: wait for it, or choose another --out") from None
+                f"{path}: another process is at work there: wait for it, or choose another "
+                "--out") from None
         try:
             yield
         finally:

@@ -25,7 +25,11 @@ def score_file(prefixes, batches, check, chance, who, out=None, trace=None):
     where the trace of a score is missing."""
     heads = []
     for prefix in prefixes:
-        heads.append({"line": prefix.line, "id": prefix.problem, "prefix": digest(prefix.ids), "label": prefix.label})
+        heads.append({
+            "line": prefix.line,
+            "id": prefix.problem,
+            "prefix": digest(prefix.ids),
+            "label": prefix.label})
     if trace is not None:
         Path(trace).mkdir(parents=True, exist_ok=True)
     if out is None:
@@ -61,7 +65,9 @@ def _score_batch(prefixes, numbers, check, chance):
     chances = chance(logits).tolist()
     for row, number in enumerate(numbers):
         if not torch.isfinite(logits[row]).all():
-            raise ValueError(f"line {prefixes[number].line}: found a score that is NaN or infinite, expected finite ones")
+            raise ValueError(
+                f"line {prefixes[number].line}: score: found NaN or infinity, expected a finite "
+                "number")
         yield number, {"logits": logits[row].tolist(), "score": chances[row]}, states[row]
 
 
@@ -88,9 +94,12 @@ def _require_traces(job, prefixes, trace):
             continue
         file = _trace_file(trace, prefix)
         if not file.is_file():
-            raise ValueError(f"{file}: missing, but {job.file} has its score: choose another --out, or remove the file")
+            raise ValueError(
+                f"{file}: missing, but {job.file} has its score: choose another --out, or remove "
+                "the file")
         if hashlib.sha256(file.read_bytes()).hexdigest() != record.get("trace"):
-            raise ValueError(f"{file}: found other states than those of its score in {job.file}: remove both")
+            raise ValueError(
+                f"{file}: found other states than those of its score in {job.file}: remove both")
 
 
 def _print_scores(prefixes, batches, check, chance, heads, who, trace):
