@@ -16,7 +16,6 @@ import json
 import pathlib
 import re
 import time
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,8 @@ from huggingface_hub.utils import tqdm
 from lora import TARGETS, LoRA
 from plumbing import memory
 from plumbing.answers import extract_answer, same_answer
+from plumbing.budget_plan import (
+    Stage, check_stages, parse_cascade, plan_for, read_plans)
 from plumbing.checkpoint import fingerprint, weights_digest
 from plumbing.command_line import (
     Common, command_line, option, require_choice, require_positive, shown)
@@ -162,6 +163,16 @@ class Stop(torch.nn.Module):
         return stop.eval()  # no dropout
 
 
+def stop_digest(stop):
+    """Digits that stand for a STOP: its shape and every byte of its weights."""
+    return digest(stop.about(), weights_digest(stop))
+
+
+def stop_folder(settings):
+    """The folder of the STOP that a script's settings name."""
+    return pathlib.Path(settings.stop or pathlib.Path(settings.model) / "stop")
+
+
 def like_lengths(prefixes, batch):
     """Numbers of the prefixes in groups of at most `batch`, like lengths together: little
     padding."""
@@ -185,14 +196,6 @@ def retention(budget, prefix, task):
     L_prefix = prefix / 1024
     L_task = task / 1024
     return min(1.0, L_task ** 4.55 / (1.17e4 * C ** 0.46 * L_prefix ** 0.40))
-
-
-class Stage(NamedTuple):
-    """One check: at `checkpoint` new tokens the best `keep` paths stay, each going on as `branch`
-    paths."""
-    checkpoint: int
-    keep: int
-    branch: int = 1
 
 
 @torch.inference_mode()
@@ -223,9 +226,10 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
     batch = Batch(model, paths, n, capacities[0], max_new_tokens, sampling, eos_ids, bar)
     alive = list(paths)
     for stage, capacity in zip(stages, capacities[1:]):
+        running = list(batch.live)
         batch.decode(until=stage.checkpoint)     # Launch: all paths up to the checkpoint
         score_live(model, stop, batch)           # Check: [STOP] on the cache, which stays as it was
-        score_ended(model, stop, alive)          #        ended paths have left it: prefilled again
+        score_ended(model, stop, running)        #        ended paths have left it: prefilled again
         alive, pruned = rank(alive, stage.keep)
         batch.prune(pruned)                      # Resume: the best go on, other rows are freed
         new_paths = batch.resume(stage.branch, capacity)
@@ -237,22 +241,6 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
         batch.on_end = stop_when_decided(batch, alive, answer_of, kind)
     batch.decode(until=max_new_tokens)
     return paths
-
-
-def check_stages(stages, n, max_new_tokens):
-    """Raise ValueError unless checkpoints rise and no check keeps more paths than there are."""
-    earlier = 0
-    had = n
-    for stage in stages:
-        if not earlier < stage.checkpoint < max_new_tokens:
-            raise ValueError(
-                f"prefix: found {stage.checkpoint}, expected {earlier + 1} to {max_new_tokens - 1}")
-        if not 1 <= stage.keep <= had:
-            raise ValueError(f"keep: found {stage.keep}, expected 1 to {had}")
-        if stage.branch < 1:
-            raise ValueError(f"branch: found {stage.branch}, expected at least 1")
-        earlier = stage.checkpoint
-        had = stage.keep * stage.branch
 
 
 def require_rows(model, n, stages, capacities):
@@ -282,8 +270,9 @@ def score_live(model, stop, batch):
 
 
 def score_ended(model, stop, paths):
-    """Score the paths that ended since the last check, whole: their rows have left the cache."""
-    ended = [path for path in paths if path.status != "running" and path.score is None]
+    """Score those of `paths`, which ran at the last check, that have ended since, whole: their rows
+    have left the cache."""
+    ended = [path for path in paths if path.status != "running"]
     scores = stop.score(model, [path.prompt_ids + path.ids for path in ended])
     for path, score in zip(ended, scores.tolist()):
         path.score = score
@@ -354,7 +343,8 @@ class Settings(Common):
     keep: int | None = option(None, "paths resumed (default: an eighth)")
     retention: float | None = option(None, "paths resumed, as a share of n")
     budget: int | None = option(
-        None, "all tokens to spend: the retention comes from the paper's guideline")
+        None, "all tokens to spend: by the plan for them in STOP's plan.json; where there is none, "
+        "the retention comes from the paper's guideline")
     task_length: int = option(8650, "tokens of a usual response, for the guideline")
     prefix: int | None = option(
         None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
@@ -376,18 +366,26 @@ def parse_checkpoints(text):
         f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
 
 
-def parse_cascade(text):
-    """"2048:32,4096:4x2" -> [Stage(2048, 32, 1), Stage(4096, 4, 2)]: at 2,048 tokens 32 paths
-    stay, at 4,096 tokens 4 that go on as 2 each."""
-    stages = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})(?:x(\d{1,9}))?", part, re.ASCII)
-        if match is None:
-            raise ValueError(
-                f"cascade: found {shown(text)}, expected checkpoint:keep pairs as in "
-                "2048:32,4096:16")
-        stages.append(Stage(*(int(number) for number in match.groups("1"))))
-    return stages
+def by_plan(settings, stop):
+    """The settings with the plan that STOP's plan.json has for --budget, or as they are without
+    one."""
+    folder = stop_folder(settings)
+    plans = None
+    if settings.budget is not None:
+        plans = read_plans(folder, stop_digest(stop))
+        if plans is None:
+            print(f"budget: no plan.json in {folder}: the paper's guideline")
+    if plans is None:
+        return settings
+    for name in ("n", "keep", "retention", "prefix", "cascade", "branch"):
+        found = getattr(settings, name)
+        if found != getattr(Settings, name):
+            raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the plan "
+                             f"in {folder} has its own")
+    plan = plan_for(plans, settings.budget, folder)
+    print(f"plan for {plan.budget} tokens: {plan}; about {plan.expected['tokens']:.0f} tokens")
+    cascade = ",".join(map(str, plan.stages))
+    return dataclasses.replace(settings, n=plan.n, cascade=cascade, budget=None)
 
 
 def paths_to_keep(settings, prefix):
@@ -411,6 +409,7 @@ def show_check(checkpoint, paths, kept):
 
 def answer_prompt(model, stop, tokenizer, settings):
     """Run one question through Launch, Check, Resume; print scores, answers and votes."""
+    settings = by_plan(settings, stop)
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
     limit = room(model, prompt_ids, settings.max_new_tokens)
     prefix = settings.prefix
@@ -484,7 +483,7 @@ def score_prefixes(model, stop, settings):
     prefixes = read_prefixes(settings.score, check_ids)
     who = {"dtype": settings.dtype,
            "model": model_digest(model),
-           "stop": digest(stop.about(), weights_digest(stop))}
+           "stop": stop_digest(stop)}
     batches = like_lengths([prefix.ids for prefix in prefixes], settings.batch or 16)
     check = functools.partial(logits_and_states, model, stop)
     score_file(prefixes, batches, check, stop.chance, who, settings.out, settings.trace)
@@ -499,7 +498,7 @@ def main(settings):
         found = " --".join(given or ["none"])
         raise ValueError(f"found --{found}, expected --prompt, or --score, --out and --trace")
     model, tokenizer = open_model(settings)
-    stop = Stop.load(settings.stop or pathlib.Path(settings.model) / "stop", model)
+    stop = Stop.load(stop_folder(settings), model)
     if settings.score is not None:
         score_prefixes(model, stop, settings)
     else:
