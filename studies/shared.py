@@ -18,7 +18,7 @@ from plumbing.answers import same_answer
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, option, require_positive, shown
 from plumbing.problems import read_problems
-from plumbing.records import write_atomic
+from plumbing.records import locked, write_atomic
 from plumbing.tokenizer import Tokenizer
 from sample import open_model, sample_paths, sampling_of
 from stop import Stop
@@ -124,10 +124,17 @@ def open_stored(settings):
     limit = settings.max_new_tokens
     if limit is None:
         limit = stop.trained_limit()
-    records = sample_paths(
-        model, tokenizer, problems, Path(settings.stored), settings.n, limit,
-        sampling_of(settings), settings.batch)
+    records = stored_paths(
+        model, tokenizer, problems, Path(settings.stored), settings.n, limit, settings)
     return Stored(model, tokenizer, stop, problems, records, prefixes)
+
+
+def stored_paths(model, tokenizer, problems, folder, n, limit, settings):
+    """The records of sample.sample_paths, in a folder that no other process uses meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return sample_paths(
+            model, tokenizer, problems, folder, n, limit, sampling_of(settings), settings.batch)
 
 
 def checkpoints(settings, stop):
