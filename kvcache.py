@@ -2,11 +2,16 @@
 
 Launch fills every row with the prompt and then a token at a time. Check writes the [STOP] positions
 into slots behind each row without making any row longer, so that there is nothing to take back.
-Resume keeps k rows and frees the memory of the others.
+Resume keeps k rows and frees the memory of the others. Three paths, of which one is kept:
 
-      row 0  P P P P t t t t t . . .        P  prompt     t  new token
-      row 1  P P P P t t t . . . . .        .  dead slot: at index >= length, never read
-      row 2  P P P P t t t t S S S S        S  [STOP] during a check; dead again right after it
+    Launch   0  P P P P t t t t . .              P  prompt     t  new token
+             1  P P P P t t t t . .              .  dead slot: at index >= length, never read
+             2  P P P P t t t t . .
+    Check    0  P P P P t t t t S S   0.08       S  m [STOP] positions; each reads its own row, and
+             1  P P P P t t t t S S   0.61          the head turns the last one into a score
+             2  P P P P t t t t S S   0.13
+    after    1  P P P P t t t t . .              bit for bit as before, and as long: S is dead again
+    Resume   0  P P P P t t t t t t t t . . .    row 1, copied to a new, longer buffer
 
 Layers write at index >= length and read; none changes a length: the sampler does that.
 Letters: B rows, T new positions, K key/value heads, D head_dim.
