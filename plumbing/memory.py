@@ -40,31 +40,38 @@ def _free_of_machine():
 
 
 def _free_of_group():
-    """What the control group (a container's limit) still grants; no limit: very much."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file():
-        text = limit.read_text().strip()
-        if text != "max":
-            return max(0, int(text) - int(used.read_text()))
-    return 2 ** 62
+    """What the control group (a container's limit) still grants; no limit: very much. Of what it
+    counts as used, files that were read and are kept for another time are given up when asked."""
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return 2 ** 62
+    used = int((group / "memory.current").read_text())
+    for line in (group / "memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            used -= int(line.split()[1])
+    return max(0, int(limit.read_text()) - used)
+
+
+def position_bytes(config, element):
+    """Bytes of the keys and values of one position; `element`: bytes of one number in the cache."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
 
 
 def row_bytes(config, capacity, element):
-    """Bytes of one row of `capacity` positions; `element`: bytes of one number in the cache."""
-    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
+    """Bytes of one row of `capacity` positions while it is decoded."""
     scores = config.num_attention_heads * SCORE_COPIES
     logits = config.vocab_size * 8  # as the head gives them, and in float32
-    return capacity * (position + scores) + logits
+    return capacity * (position_bytes(config, element) + scores) + logits
 
 
 def working_bytes(config, capacity, element):
-    """Bytes that a pass needs beside the rows: one prefill, and one block of the draw."""
+    """Bytes that a pass needs beside the rows: one prefill, and the prompts that it has read."""
     width = max(3 * config.intermediate_size, 4 * config.hidden_size)
     activations = PREFILL_TOKENS * width * element
     scores = min(2 ** 27, PREFILL_TOKENS * config.num_attention_heads * capacity) * SCORE_COPIES
-    prefilled = PREFILL_TOKENS * row_bytes(config, 1, element)
-    return activations + scores + min(prefilled, row_bytes(config, capacity, element) * 8)
+    prompts = 2 * max(PREFILL_TOKENS, capacity) * position_bytes(config, element)
+    return activations + scores + prompts
 
 
 def rows_that_fit(config, capacity, element, free):

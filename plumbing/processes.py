@@ -3,7 +3,8 @@
 
 Without torchrun every function here does what one process needs: nothing. Work is dealt out by
 problem: process r of N takes items r, r + N, ...; rank 0 prints, draws the bars and writes what is
-written once. """
+written once.
+"""
 import os
 
 import torch
