@@ -242,7 +242,7 @@ def test_paths_that_do_not_fit_are_refused_with_both_numbers(model, monkeypatch)
 
 def test_prefixes_that_cannot_be_held_together_are_refused(model, monkeypatch):
     """All are held until they are checked: how many, what they need, what is free, what to do."""
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2e6)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e6)
     stop = Stop(model, m=2, rank=2)
     with pytest.raises(ValueError) as caught:
         launch_check_resume(
