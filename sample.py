@@ -323,7 +323,9 @@ class Batch:
     def prune(self, paths, status="pruned"):
         """These paths end here, and their rows leave the batch."""
         for path in paths:
-            self._end(path, status)
+            if path.status == "running":
+                self._end(path, status)
+            path.status = status  # also of one that ended before: its end was told then
         self._keep_running()
 
     def finish(self, status):
