@@ -573,6 +573,8 @@ def training_problems(settings, folder, tests):
     problems, dropped = without_held_out(problems, tests)
     if dropped and processes.is_first():
         print(f"data: {len(dropped)} problems are held-out ones and were dropped")
+    if not problems:
+        raise ValueError("data: found no problem beside held-out ones, expected some to train on")
     return problems[:settings.problems]
 
 
