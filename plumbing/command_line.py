@@ -151,6 +151,7 @@ def command_line(settings, main, recipe=None):
         if processes.is_first():
             print(f"settings: {json.dumps(dataclasses.asdict(resolved))}", flush=True)
         main(resolved)
+        processes.leave()
     except KeyboardInterrupt:
         stop_with(130, f"interrupted; {KEPT}")
     except (ValueError, OSError) as error:

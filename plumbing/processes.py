@@ -5,7 +5,9 @@ Without torchrun every function here does what one process needs: nothing. Work 
 problem: process r of N takes items r, r + N, ...; rank 0 prints, draws the bars and writes what is
 written once.
 """
+import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as distributed
@@ -17,11 +19,24 @@ def start(device):
     if "WORLD_SIZE" not in os.environ:
         return device
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        backend = "nccl" if device == "cuda" else "gloo"
+        days = datetime.timedelta(days=7)  # one may wait long for the others' last paths
+        distributed.init_process_group(backend, timeout=days)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     return device
+
+
+def leave():
+    """Part from the other processes, when all have come here, and end this one.
+    It ends at once: threads of gloo that are still at work abort an interpreter that takes its time."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def count():
