@@ -1,0 +1,675 @@
+"""A picture of one run, from launch to vote: an SVG, or one HTML page that needs no other file.
+
+    python stop.py --prompt "..." --picture run.html
+
+A bar is a path along its new tokens, the darker the higher its score. A vertical line is a check:
+pruned paths end there. A path that branched off another starts in a fork of that one's bar. On the
+page, pointing at a bar shows the path's text, a click or an arrow key keeps it.
+
+Texts of models are data here: they are escaped, characters that would hide or reorder text are
+spelled out, and the page's policy lets no script run but its own.
+"""
+import base64
+import dataclasses
+import hashlib
+import html
+import unicodedata
+
+from plumbing.answers import same_answer
+
+SHADES = 10  # classes of scores
+LIGHT = {
+    "paper": "#fbfaf7", "ink": "#23272c", "quiet": "#6a7078", "line": "#dedad0", "low": "#cdc8ba",
+    "high": "#0b6b64", "bad": "#b2481e", "bad-paper": "#fbe6da"}
+DARK = {
+    "paper": "#15181b", "ink": "#e7e6e2", "quiet": "#9aa2aa", "line": "#2d3339", "low": "#444b53",
+    "high": "#5fe3d0", "bad": "#ff9d6e", "bad-paper": "#43271a"}
+
+
+# ------------------------------------------------------------------------------------- what is drawn
+
+
+@dataclasses.dataclass
+class Bar:
+    """One path, as it is drawn."""
+    name: str             # of sample.Path: 7, or 7.0.2
+    parent: str | None    # name of the path that it branched off
+    start: int            # tokens that it inherited from that one
+    end: int              # tokens that it holds
+    score: float
+    status: str           # of sample.Path
+    text: str
+    cuts: list            # of Cut
+    answer: str | None    # None: it did not vote, or said nothing
+    right: bool | None    # None: not known
+    wrong: tuple | None   # (first, behind the last) character of the line where it goes wrong
+
+    @property
+    def voted(self):
+        """Whether it was finished."""
+        return self.status in ("eos", "length")
+
+
+@dataclasses.dataclass
+class Cut:
+    """A place in a path's text where a check stands."""
+    position: int  # in characters
+    label: str
+
+
+@dataclasses.dataclass
+class Vote:
+    """An answer, and the bars that gave it."""
+    answer: str
+    bars: list
+
+    @property
+    def weight(self):
+        """The sum of their scores."""
+        return sum(bar.score for bar in self.bars)
+
+
+@dataclasses.dataclass
+class Run:
+    """All that is drawn."""
+    question: str
+    bars: list         # of Bar, in the order in which they are drawn, from the top
+    checks: list       # of (checkpoint in new tokens, how many paths went on)
+    votes: list        # of Vote, the winner first
+    launched: int
+    tokens: int        # decoded
+    saved: float       # share of the tokens that the run without a check would have taken
+
+    @property
+    def longest(self):
+        """Tokens of the longest path."""
+        return max(bar.end for bar in self.bars)
+
+
+def record(question, paths, checks, tokenizer, answer_of, saved, kind="math", expected=None,
+           wrong_part=None):
+    """The Run of sample.Paths that went through stop.launch_check_resume.
+
+    checks: (checkpoint, paths that went on) of each check. answer_of(path): its answer or None.
+    saved: the share of tokens saved. expected: the right answer where it is known.
+    wrong_part(text): where a path's text goes wrong, (first, behind the last) character, or None.
+    """
+    names = {identity(path.index, path.branches): path.name for path in paths}
+    bars = {}  # in the order of the paths: by name
+    for path in paths:
+        voted = path.status in ("eos", "length")
+        answer = answer_of(path) if voted else None
+        right = None
+        if voted and expected is not None:
+            right = same_answer(answer, expected, kind)
+        text, cuts = text_with_cuts(path, checks, tokenizer)
+        bars[path.name] = Bar(
+            name=path.name,
+            parent=names.get(parent_identity(path)),
+            start=path.inherited,
+            end=len(path.ids),
+            score=path.score,
+            status=path.status,
+            text=text,
+            cuts=cuts,
+            answer=answer,
+            right=right,
+            wrong=wrong_part(text) if wrong_part else None)
+    return Run(
+        question=question,
+        bars=[bars[path.name] for path in in_families(paths)],
+        checks=list(checks),
+        votes=tally(bars.values(), kind),
+        launched=sum(path.inherited == 0 for path in paths),
+        tokens=sum(len(path.ids) - path.inherited for path in paths),
+        saved=saved)
+
+
+def identity(index, branches):
+    """(index, branches) without the zeros at the end: what a path was named when it began."""
+    branches = list(branches)
+    while branches and branches[-1] == 0:
+        branches.pop()
+    return (index, *branches)
+
+
+def parent_identity(path):
+    """The identity of the path that this one branched off; None of a launched path."""
+    own = identity(path.index, path.branches)
+    if len(own) == 1:
+        return None
+    return identity(own[0], own[1:-1])
+
+
+def in_families(paths):
+    """Paths with those that branched off them: families with a kept path first, and then by their
+    best score. Within a family a path stands under the one that it branched off."""
+    families = {}
+    for path in paths:
+        families.setdefault(path.index, []).append(path)
+
+    def order(family):
+        kept = [path.score for path in family if path.status != "pruned"]
+        best = max(path.score for path in family)
+        return (not kept, -max(kept, default=best), family[0].index)
+
+    ordered = []
+    for family in sorted(families.values(), key=order):
+        ordered += sorted(family, key=lambda path: path.branches)
+    return ordered
+
+
+def text_with_cuts(path, checks, tokenizer):
+    """A path's text, and the Cuts where checks stand in it."""
+    labels = {checkpoint: f"check at {checkpoint}" for checkpoint, _ in checks}
+    text_of = tokenizer.stream()
+    text = ""
+    cuts = []
+    for count, token in enumerate(path.ids, 1):
+        text += text_of(token)
+        if count in labels:
+            branched = count == path.inherited
+            label = labels[count] + (", branched here" if branched else "")
+            cuts.append(Cut(len(text), label))
+    for cut in cuts:  # behind a space rather than before it
+        if text[cut.position:cut.position + 1] == " ":
+            cut.position += 1
+    return text, cuts
+
+
+def tally(bars, kind):
+    """The Votes of bars in the order of their paths, as stop.vote counts them: by number, and of
+    equals the first."""
+    votes = []
+    for bar in bars:
+        if bar.answer is None:
+            continue
+        for vote in votes:
+            if same_answer(bar.answer, vote.answer, kind):
+                vote.bars.append(bar)
+                break
+        else:
+            votes.append(Vote(bar.answer, [bar]))
+    return sorted(votes, key=lambda vote: -len(vote.bars))
+
+
+# ---------------------------------------------------------------------------------------- characters
+
+
+HIDING = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def visible(text):
+    """Text in which characters that break lines unseen, reorder text or cannot stand in a file are
+    spelled out, as in \\u2028."""
+    shown = []
+    for character in text:
+        hidden = character in HIDING or unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs")
+        if hidden and character not in "\n\t":
+            character = f"\\u{ord(character):04x}"
+        shown.append(character)
+    return "".join(shown)
+
+
+def escaped(text):
+    """Text as it may stand in HTML or SVG, between tags and in quoted attributes."""
+    return html.escape(visible(text))
+
+
+def shortened(text, length):
+    """Text on one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[:length - 1] + "…"
+
+
+# ------------------------------------------------------------------------------------------- colours
+
+
+def mixed(low, high, share):
+    """The colour at `share` of the way between two, as #rrggbb."""
+    channels = []
+    for place in (1, 3, 5):
+        first = int(low[place:place + 2], 16)
+        last = int(high[place:place + 2], 16)
+        channels.append(f"{round(first + share * (last - first)):02x}")
+    return "#" + "".join(channels)
+
+
+def colours(scheme):
+    """CSS variables of a colour scheme, with a shade for each class of scores."""
+    lines = [f"--{name}:{colour}" for name, colour in scheme.items()]
+    for shade in range(SHADES):
+        colour = mixed(scheme["low"], scheme["high"], shade / (SHADES - 1))
+        lines.append(f"--shade-{shade}:{colour}")
+    return ";".join(lines)
+
+
+def palette():
+    """CSS that sets the colours, light or dark as the reader's system has it."""
+    shades = " ".join(f".s{shade}{{fill:var(--shade-{shade})}}" for shade in range(SHADES))
+    return (f":root{{color-scheme:light dark;{colours(LIGHT)}}}\n"
+            f"@media (prefers-color-scheme:dark){{:root{{{colours(DARK)}}}}}\n{shades}")
+
+
+def score_range(run):
+    """(lowest, highest) score of a run: the two ends of its colours."""
+    scores = [bar.score for bar in run.bars]
+    return min(scores), max(scores)
+
+
+def shade_of(run, score):
+    """Which class of shades a score has."""
+    low, high = score_range(run)
+    if high == low:
+        return SHADES - 1
+    return min(SHADES - 1, int((score - low) / (high - low) * SHADES))
+
+
+# ----------------------------------------------------------------------------------------- the drawing
+
+
+FONT = "ui-sans-serif,system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif"
+SVG_STYLE = f"""
+svg.run{{font:12px {FONT};display:block;max-width:100%;height:auto}}
+.run text{{fill:var(--ink)}} .run .quiet{{fill:var(--quiet)}} .run .small{{font-size:11px}}
+.run .strong{{font-weight:650}} .run .end{{text-anchor:end}} .run .middle{{text-anchor:middle}}
+.run .number{{font-variant-numeric:tabular-nums}}
+.run .grid{{stroke:var(--line)}} .run .check{{stroke:var(--ink);stroke-dasharray:2 3}}
+.run .fork{{stroke:var(--quiet);fill:none}} .run .bad{{fill:var(--bad)}}
+.run .good{{fill:var(--high)}} .run .hit{{fill:transparent}}
+"""
+
+
+class Frame:
+    """Where things stand in a drawing of some width, in pixels."""
+    LEFT = 84      # names and scores
+    RIGHT = 96     # answers behind the ends of bars
+    TOP = 52       # the axis and the checks' labels
+    KEPT = 20      # height of a kept path's row
+    GAP = 12       # between kept and pruned paths
+    VOTE = 22      # height of an answer's row
+
+    def __init__(self, run, width):
+        self.run = run
+        self.width = width
+        self.scale = (width - self.LEFT - self.RIGHT) / run.longest
+        pruned = [bar for bar in run.bars if bar.status == "pruned"]
+        self.pruned_height = min(16.0, max(3.0, 360 / max(1, len(pruned))))
+        self.rows = {}  # name -> (top, height)
+        families_kept = {bar.name.split(".")[0] for bar in run.bars if bar.status != "pruned"}
+        top = self.TOP
+        self.first_pruned = None
+        for bar in run.bars:
+            height = self.pruned_height if bar.status == "pruned" else self.KEPT
+            if self.first_pruned is None and bar.name.split(".")[0] not in families_kept:
+                top += self.GAP
+                self.first_pruned = top
+            self.rows[bar.name] = (top, height)
+            top += height
+        self.bottom = top
+        self.votes_top = top + 58
+        self.height = self.votes_top + self.VOTE * max(1, len(votes_shown(run))) + 14
+
+    def x(self, tokens):
+        """Where a number of tokens lies."""
+        return self.LEFT + tokens * self.scale
+
+    def middle(self, bar):
+        """The middle of a bar's row."""
+        top, height = self.rows[bar.name]
+        return top + height / 2
+
+
+MOST_VOTES = 6  # answers listed
+
+
+def votes_shown(run):
+    """The Votes that are listed."""
+    return run.votes[:MOST_VOTES]
+
+
+def tick_step(longest, count):
+    """1, 2 or 5 times a power of ten, so that at most `count` steps fit."""
+    power = 1
+    while True:
+        for factor in (1, 2, 5):
+            if longest / (factor * power) <= count:
+                return factor * power
+        power *= 10
+
+
+def drawing(run, width):
+    """The picture as an <svg> of so many pixels, without a style of its own."""
+    frame = Frame(run, width)
+    parts = [*draw_axis(frame), *draw_legend(frame)]
+    by_name = {bar.name: bar for bar in run.bars}
+    for number, bar in enumerate(run.bars):
+        if bar.parent is not None:
+            parts.append(draw_fork(frame, bar, by_name[bar.parent]))
+        parts += draw_bar(frame, bar, number)
+    parts += draw_checks(frame)
+    parts += draw_votes(frame)
+    body = "\n".join(parts)
+    label = escaped(summary(run))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="run" role="group" '
+            f'aria-label="{label}" viewBox="0 0 {width} {frame.height:.0f}" '
+            f'width="{width}" height="{frame.height:.0f}">\n{body}\n</svg>')
+
+
+def draw_axis(frame):
+    """Grid lines and numbers of tokens."""
+    longest = frame.run.longest
+    step = tick_step(longest, max(2, (frame.width - 180) // 80))
+    parts = []
+    for tokens in range(0, longest + 1, step):
+        x = frame.x(tokens)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.TOP - 6}" '
+                     f'y2="{frame.bottom + 4:.1f}"/>')
+        parts.append(f'<text class="quiet small middle number" x="{x:.1f}" '
+                     f'y="{frame.bottom + 18:.1f}">{tokens:,}</text>')
+    parts.append(f'<text class="quiet small" x="{frame.x(longest) + 12:.1f}" '
+                 f'y="{frame.bottom + 18:.1f}">new tokens</text>')
+    return parts
+
+
+def draw_legend(frame):
+    """The shades, with the scores at their ends."""
+    low, high = score_range(frame.run)
+    x = frame.width - 170
+    parts = [f'<text class="quiet small end number" x="{x - 6}" y="17">score {low:.2f}</text>']
+    for shade in range(SHADES):
+        parts.append(f'<rect class="s{shade}" x="{x + 12 * shade}" y="8" width="12" height="10"/>')
+    parts.append(f'<text class="quiet small number" x="{x + 12 * SHADES + 6}" y="17">{high:.2f}'
+                 "</text>")
+    return parts
+
+
+def draw_bar(frame, bar, number):
+    """A path: its name and score, its bar, and its answer."""
+    top, height = frame.rows[bar.name]
+    middle = top + height / 2
+    thick = height * 0.62
+    shade = shade_of(frame.run, bar.score)
+    start = frame.x(bar.start)
+    length = max(1.0, frame.x(bar.end) - start)
+    parts = [f'<g class="path" data-path="{number}" role="button" tabindex="-1" '
+             f'aria-label="{escaped(described(bar))}">',
+             f'<rect class="hit" x="0" y="{top:.1f}" width="{frame.width}" '
+             f'height="{height:.1f}"/>']
+    if height >= 12:
+        baseline = middle + 4
+        strong = "" if bar.status == "pruned" else " strong"
+        quiet = " quiet" if bar.status == "pruned" else ""
+        parts.append(f'<text class="small end number{quiet}" x="40" y="{baseline:.1f}">'
+                     f"{escaped(bar.name)}</text>")
+        parts.append(f'<text class="small end number{quiet}{strong}" x="{frame.LEFT - 10}" '
+                     f'y="{baseline:.1f}">{bar.score:.2f}</text>')
+    parts.append(f'<rect class="bar s{shade}" x="{start:.1f}" y="{middle - thick / 2:.1f}" '
+                 f'width="{length:.1f}" height="{thick:.1f}" rx="{min(3, thick / 2):.1f}"/>')
+    if bar.status != "pruned":
+        parts.append(draw_answer(frame, bar, start + length + 8, middle + 4))
+    return [*parts, "</g>"]
+
+
+def draw_answer(frame, bar, x, y):
+    """What stands behind the end of a kept path."""
+    room = max(4, int((frame.width - x) / 7))
+    if not bar.voted:
+        return f'<text class="quiet small" x="{x:.1f}" y="{y:.1f}">{bar.status}</text>'
+    if bar.answer is None:
+        return f'<text class="quiet small" x="{x:.1f}" y="{y:.1f}">no answer</text>'
+    return (f'<text class="strong{tone(bar.right)}" x="{x:.1f}" y="{y:.1f}">'
+            f"{escaped(shortened(bar.answer, room))}{mark(bar.right)}</text>")
+
+
+def tone(right):
+    """The class of something right or wrong, or not known."""
+    return {True: " good", False: " bad", None: ""}[right]
+
+
+def mark(right):
+    """The sign of something right or wrong, or not known."""
+    return {True: " ✓", False: " ✗", None: ""}[right]
+
+
+def draw_fork(frame, bar, parent):
+    """From the bar that a path branched off to its own."""
+    x = frame.x(bar.start)
+    above = frame.middle(parent)
+    own = frame.middle(bar)
+    return (f'<path class="fork" d="M{x - 7:.1f} {above:.1f} V{own - 4:.1f} '
+            f'Q{x - 7:.1f} {own:.1f} {x:.1f} {own:.1f}"/>')
+
+
+def draw_checks(frame):
+    """A line a check, with what happened there."""
+    run = frame.run
+    parts = []
+    for number, (checkpoint, went_on) in enumerate(run.checks):
+        x = frame.x(checkpoint)
+        y = frame.TOP - 14 - 14 * (number % 2)
+        parts.append(f'<line class="check" x1="{x:.1f}" x2="{x:.1f}" y1="{y + 4}" '
+                     f'y2="{frame.bottom + 4:.1f}"/>')
+        parts.append(f'<text class="small strong" x="{x + 6:.1f}" y="{y + 3}">check at '
+                     f"{checkpoint:,}: {went_on} go on</text>")
+    space = frame.bottom - (frame.first_pruned or frame.bottom)
+    if len(run.checks) == 1 and space >= 44:
+        x = frame.x(run.checks[0][0]) + 18
+        y = frame.first_pruned + space / 2
+        pruned = sum(bar.status == "pruned" for bar in run.bars)
+        parts.append(f'<text class="quiet" x="{x:.1f}" y="{y - 4:.1f}">{pruned} paths end here</text>')
+        parts.append(f'<text class="quiet small number" x="{x:.1f}" y="{y + 13:.1f}">'
+                     f"{run.tokens:,} tokens; about {run.saved:.0%} saved</text>")
+    return parts
+
+
+def draw_votes(frame):
+    """The answers, a square for each vote."""
+    run = frame.run
+    y = frame.votes_top
+    parts = [f'<text class="strong" x="16" y="{y - 14:.1f}">The vote</text>']
+    if not run.votes:
+        parts.append(f'<text class="quiet" x="{frame.LEFT}" y="{y + 6:.1f}">no answer</text>')
+    for place, vote in enumerate(votes_shown(run)):
+        baseline = y + place * frame.VOTE + 6
+        strong = " strong" if place == 0 else ""
+        parts.append(f'<text class="end{strong}{tone(vote.bars[0].right)}" x="{frame.LEFT - 10}" '
+                     f'y="{baseline:.1f}">{escaped(shortened(vote.answer, 10))}</text>')
+        room = frame.width - frame.LEFT - 230
+        step = min(15, room / len(vote.bars))
+        for i, bar in enumerate(sorted(vote.bars, key=lambda bar: -bar.score)):
+            parts.append(f'<rect class="s{shade_of(run, bar.score)}" '
+                         f'x="{frame.LEFT + i * step:.1f}" y="{baseline - 10:.1f}" '
+                         f'width="{step * 0.8:.1f}" height="12" rx="2"/>')
+        x = frame.LEFT + len(vote.bars) * step + 6
+        count = counted(len(vote.bars), "vote")
+        parts.append(f'<text class="quiet small number{strong}" x="{x:.1f}" y="{baseline:.1f}">'
+                     f"{count}, weight {vote.weight:.2f}{mark(vote.bars[0].right)}</text>")
+    return parts
+
+
+def counted(number, noun):
+    """1 vote, 2 votes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def summary(run):
+    """A run in one line."""
+    checks = ", ".join(f"{went_on} go on at {checkpoint:,} tokens" for checkpoint, went_on in
+                       run.checks)
+    answer = shortened(run.votes[0].answer, 40) if run.votes else "none"
+    return f"{counted(run.launched, 'path')}; {checks}; the vote's answer: {answer}"
+
+
+def described(bar):
+    """A path in one line."""
+    status = {"eos": "finished", "length": "cut at the limit", "pruned": "pruned",
+              "decided": "stopped, as the vote was decided"}[bar.status]
+    parts = [f"path {bar.name}", f"score {bar.score:.3f}", status, f"{bar.end:,} tokens"]
+    if bar.parent is not None:
+        parts.append(f"{bar.start:,} of them inherited from {bar.parent}")
+    if bar.voted:
+        answer = "none" if bar.answer is None else shortened(bar.answer, 60)
+        parts.append(f"answer {answer}{mark(bar.right)}")
+    return ", ".join(parts)
+
+
+def svg(run, width=960):
+    """The picture as a file of its own."""
+    style = f"<style>{palette()}{SVG_STYLE}</style>"
+    card = '<rect width="100%" height="100%" rx="8" style="fill:var(--paper)"/>'
+    title = f"<title>{escaped(summary(run))}</title>"
+    heading = (f'<text class="strong" x="16" y="20" style="font-size:14px">'
+               f"{counted(run.launched, 'path')} of one question</text>")
+    head, _, body = drawing(run, width).partition("\n")
+    return f"{head}\n{title}\n{style}\n{card}\n{heading}\n{body}\n"
+
+
+# -------------------------------------------------------------------------------------------- the page
+
+
+PAGE_STYLE = f"""
+body{{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 {FONT}}}
+main{{max-width:1400px;margin:0 auto;padding:28px 28px 40px}}
+h1{{font-size:20px;margin:0 0 4px}} .quiet{{color:var(--quiet)}}
+.question{{white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto;margin:12px 0 20px;
+  padding:10px 14px;border-left:3px solid var(--line)}}
+.columns{{display:grid;grid-template-columns:minmax(0,960px) minmax(280px,1fr);gap:28px;align-items:start}}
+.texts{{position:sticky;top:16px;max-height:calc(100vh - 32px);overflow:auto;
+  border:1px solid var(--line);border-radius:8px;padding:14px 16px;box-sizing:border-box}}
+article h2{{font-size:15px;margin:0}} article p{{margin:0 0 10px}}
+.text{{font:13px/1.65 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;
+  overflow-wrap:anywhere}}
+.cut{{display:block;margin:6px 0;border-top:1px dashed var(--quiet);color:var(--quiet);font:11px {FONT}}}
+.wrong{{background:var(--bad-paper);color:var(--bad);border-radius:3px;
+  text-decoration:underline wavy;text-underline-offset:3px;text-decoration-thickness:1px}}
+.path{{cursor:pointer;outline:none}} .path .bar{{transition:opacity .1s}}
+.path.shown .hit{{fill:var(--line);opacity:.55}} .path:focus-visible .hit{{stroke:var(--ink)}}
+.narrow{{display:none}}
+@media (max-width:1100px){{.columns{{grid-template-columns:minmax(0,1fr)}}
+  .texts{{top:auto;bottom:0;max-height:44vh;background:var(--paper);box-shadow:0 -6px 18px rgb(0 0 0/.12)}}}}
+@media (max-width:700px){{main{{padding:16px 12px}} .wide{{display:none}} .narrow{{display:block}}}}
+@media print{{article[hidden]{{display:block!important}} .texts{{max-height:none}}}}
+"""
+
+SCRIPT = """
+"use strict";
+const bars = [...document.querySelectorAll(".path")];
+const texts = [...document.querySelectorAll("article")];
+let kept = "0";
+
+function show(number) {
+  for (const text of texts) text.hidden = text.dataset.path !== number;
+  for (const bar of bars) bar.classList.toggle("shown", bar.dataset.path === number);
+}
+
+function keep(number) {
+  kept = number;
+  for (const bar of bars) bar.tabIndex = bar.dataset.path === number ? 0 : -1;
+  show(number);
+}
+
+function move(bar, step) {
+  const own = [...bar.parentElement.querySelectorAll(".path")];
+  const next = own[own.indexOf(bar) + step];
+  if (next) next.focus();
+}
+
+for (const bar of bars) {
+  bar.addEventListener("pointerenter", () => show(bar.dataset.path));
+  bar.addEventListener("pointerleave", () => show(kept));
+  bar.addEventListener("click", () => keep(bar.dataset.path));
+  bar.addEventListener("focus", () => keep(bar.dataset.path));
+  bar.addEventListener("keydown", event => {
+    const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+    if (step) { event.preventDefault(); move(bar, step); }
+  });
+}
+keep("0");
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>A run of STOP</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+<noscript><style>article[hidden]{{display:block}} .texts{{max-height:none;position:static}}</style></noscript>
+</head>
+<body>
+<main>
+<h1>{heading}</h1>
+<div class="quiet">{about}</div>
+<div class="question">{question}</div>
+<div class="columns">
+<div><div class="wide">{wide}</div><div class="narrow">{narrow}</div></div>
+<section class="texts" aria-live="polite" tabindex="0" aria-label="The text of a path">
+{texts}
+</section>
+</div>
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def page(run):
+    """The picture as an HTML page."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = (f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+              f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
+    answer = shortened(run.votes[0].answer, 80) if run.votes else "none"
+    right = run.votes[0].bars[0].right if run.votes else None
+    articles = [article(bar, number) for number, bar in enumerate(run.bars)]
+    return PAGE.format(
+        policy=policy,
+        style=palette() + SVG_STYLE + PAGE_STYLE,
+        heading=f"The vote’s answer: {escaped(answer)}{mark(right)}",
+        about=escaped(about(run)),
+        question=broken(escaped(run.question)),
+        wide=drawing(run, 960),
+        narrow=drawing(run, 380),
+        texts="\n".join(articles),
+        script=SCRIPT)
+
+
+def about(run):
+    """The line under the page's heading."""
+    checks = "; ".join(f"{went_on} went on at {checkpoint:,} tokens" for checkpoint, went_on in
+                       run.checks)
+    return (f"{counted(run.launched, 'path')} launched; {checks}; {run.tokens:,} tokens decoded, "
+            f"about {run.saved:.0%} saved. Point at a bar to read its path; a click or the arrow "
+            "keys keep it.")
+
+
+def article(bar, number):
+    """A path's text on the page."""
+    hidden = "" if number == 0 else " hidden"
+    name, _, rest = described(bar).partition(", ")
+    return (f'<article data-path="{number}"{hidden}><h2>{escaped(name)}</h2>'
+            f'<p class="quiet">{escaped(rest)}</p><div class="text">{text_of(bar)}</div></article>')
+
+
+def text_of(bar):
+    """HTML of a path's text, with its checks, and the wrong line marked."""
+    places = {0, len(bar.text), *(cut.position for cut in bar.cuts), *(bar.wrong or ())}
+    labels = {cut.position: cut.label for cut in bar.cuts}
+    ordered = sorted(places)
+    parts = []
+    for start, end in zip(ordered, ordered[1:]):
+        piece = broken(escaped(bar.text[start:end]))
+        if bar.wrong is not None and bar.wrong[0] <= start < bar.wrong[1]:
+            piece = f'<mark class="wrong" title="here it goes wrong">{piece}</mark>'
+        parts.append(piece)
+        if end in labels:
+            parts.append(f'<span class="cut">{escaped(labels[end])}</span>')
+    return "".join(parts)
+
+
+def broken(text):
+    """Escaped text with a new line behind the toy's mark for one."""
+    return text.replace("&lt;nl&gt; ", "&lt;nl&gt;\n")
