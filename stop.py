@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 
 from lora import TARGETS, LoRA
-from plumbing import memory
+from plumbing import memory, picture
 from plumbing.answers import extract_answer, same_answer
 from plumbing.budget_plan import (
     Stage, check_stages, parse_cascade, plan_for, read_plans)
@@ -354,6 +354,8 @@ class Settings(Common):
     branch: int = option(1, "how many paths each resumed prefix goes on as")
     decide: bool = option(True, "stop when the running paths can no longer change the vote")
     kind: str = option("math", "math or choice: what the answer is")
+    picture: str | None = option(
+        None, "file for a picture of the run: a page (.html) or a drawing (.svg)")
 
 
 def parse_checkpoints(text):
@@ -420,15 +422,20 @@ def answer_prompt(model, stop, tokenizer, settings):
 
     start = time.perf_counter()
     sampling = dataclasses.asdict(sampling_of(settings))
+    checks = []  # (checkpoint, how many paths went on), for the picture
 
     def answer_of(path):
         return extract_answer(tokenizer.completion(path.ids), settings.kind)
+
+    def on_check(checkpoint, paths, kept):
+        show_check(checkpoint, paths, kept)
+        checks.append((checkpoint, len(kept)))
 
     with token_bar("paths", settings.n * limit) as bar:
         paths = launch_check_resume(
             model, stop, prompt_ids, settings.n, keep, prefix, cascade, limit, **sampling,
             branch=settings.branch, answer_of=answer_of if settings.decide else None,
-            kind=settings.kind, bar=bar, on_check=show_check)
+            kind=settings.kind, bar=bar, on_check=on_check)
     seconds = time.perf_counter() - start
 
     finished = [path for path in paths if path.status in ("eos", "length")]
@@ -439,6 +446,11 @@ def answer_prompt(model, stop, tokenizer, settings):
     spent = sum(len(path.ids) - path.inherited for path in paths)
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = settings.n * sum(len(path.ids) for path in finished) / len(finished)
+    saved = 1 - spent / unpruned
+    if settings.picture is not None:
+        run = picture.record(
+            settings.prompt, paths, checks, tokenizer, answer_of, saved, settings.kind)
+        picture.write(settings.picture, run)
     print(json.dumps({
         "majority": vote(answers, kind=settings.kind),
         "weighted": vote(answers, [path.score for path in finished], settings.kind),
@@ -446,7 +458,7 @@ def answer_prompt(model, stop, tokenizer, settings):
         "decided_early": sum(path.status == "decided" for path in paths),
         "n": settings.n,
         "tokens": spent,
-        "tokens_saved_estimate": round(1 - spent / unpruned, 4),
+        "tokens_saved_estimate": round(saved, 4),
         "seconds": round(seconds, 3)}))
 
 
@@ -520,6 +532,10 @@ def check(settings):
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
+    if settings.picture is not None:
+        picture.check_file(settings.picture)
+        if settings.score is not None:
+            raise ValueError("picture: found beside --score, expected beside --prompt")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ import dataclasses
 import hashlib
 import html
 import unicodedata
+from pathlib import Path
 
 from plumbing.answers import same_answer
+from plumbing.command_line import shown
+from plumbing.records import write_atomic
 
 SHADES = 10  # classes of scores
 LIGHT = {
@@ -673,3 +676,16 @@ def text_of(bar):
 def broken(text):
     """Escaped text with a new line behind the toy's mark for one."""
     return text.replace("&lt;nl&gt; ", "&lt;nl&gt;\n")
+
+
+def check_file(file):
+    """Raise ValueError unless a picture can be written there, before a long run is made for it."""
+    if Path(file).suffix not in (".html", ".svg"):
+        raise ValueError(f"picture: found {shown(file)}, expected a file named .html or .svg")
+    if not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"picture: found {shown(file)}, expected a file in a folder that exists")
+
+
+def write(file, run):
+    """Write a Run to a file as its name says: a page (.html) or a drawing (.svg)."""
+    write_atomic(file, svg(run) if Path(file).suffix == ".svg" else page(run))
