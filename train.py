@@ -93,6 +93,8 @@ def recipe(flags):
     is there."""
     file = pathlib.Path(flags.get("model", Settings.model)) / "recipe.json"
     content = read_json(file) if file.is_file() else {}
+    if "model" in content:
+        raise ValueError(f"{file}: model: found this setting, expected it as a flag alone")
     if type(content.get("prefix")) is int:
         content["prefix"] = str(content["prefix"])
     return content, file

@@ -6,8 +6,12 @@ recipe.json, and that before the dataclass's default. Each value's type is check
 comes from a flag or a recipe; ranges that several scripts share are checked here too, a script's
 own ranges in the script. """
 import argparse
+import contextlib
 import dataclasses
+import errno
+import functools
 import json
+import os
 import sys
 import types
 
@@ -16,11 +20,18 @@ import torch
 from plumbing import processes
 
 KEPT = "finished records are kept: the same command takes them up"
+NOTHING_KEPT = "nothing was kept: the same command begins again"
 EXPECTED = {
-    int: "an integer of at most 64 bits",
-    float: "a number of at most 64 bits",
+    int: "an integer of at most 32 bits",
+    float: "a finite number of at most 64 bits",
     str: "a text",
     bool: "true or false"}
+# What PyTorch's plain RuntimeErrors say when memory is short.
+OUT_OF_MEMORY = (
+    "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "Storage size calculation",
+    "could not create a memory", "can't start new thread")
+# What the other processes of a run say when one of them has ended.
+OTHER_PROCESS_GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 def option(default, text):
@@ -63,7 +74,10 @@ def parse(settings, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(settings):
         kind = value_type(field)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": functools.partial(convert, kind)}
         text = field.metadata["help"]
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
@@ -76,6 +90,15 @@ def parse(settings, argv=None):
     return vars(parser.parse_args(argv))
 
 
+def convert(kind, text):
+    """A flag's text as a value of its type."""
+    try:
+        return kind(text)
+    except ValueError:
+        message = f"found {shown(text)}, expected {EXPECTED[kind]}"
+        raise argparse.ArgumentTypeError(message.replace("%", "%%")) from None
+
+
 def value_type(field):
     """The type of a field's values: int of `int`, and of `int | None`."""
     if isinstance(field.type, types.UnionType):
@@ -84,22 +107,38 @@ def value_type(field):
 
 
 def check_values(settings, values, source=None):
-    """Raise ValueError unless each of values {field name: value} has its field's type, and numbers
-    are finite and of at most 64 bits. source: the file that they come from; None: flags."""
+    """Raise ValueError unless each of values {field name: value} has its field's type, numbers are
+    finite and not too large, and texts are not empty. source: the file that they come from; None:
+    flags."""
     place = "" if source is None else f"{source}: "
     fields = {field.name: field for field in dataclasses.fields(settings)}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(
                 f"{place}{one_line(name)}: found {shown(value)}, expected no such setting")
-        kind = value_type(fields[name])
-        allowed = (int, float) if kind is float else (kind,)
-        optional = isinstance(fields[name].type, types.UnionType)
-        fits = type(value) in allowed or value is None and optional
-        if fits and type(value) in (int, float):
-            fits = -2 ** 63 <= value < 2 ** 64  # refuses nan and infinity too
-        if not fits:
-            raise ValueError(f"{place}{name}: found {shown(value)}, expected {EXPECTED[kind]}")
+        expected = misfit(fields[name], value)
+        if expected is not None:
+            raise ValueError(f"{place}{name}: found {shown(value)}, expected {expected}")
+
+
+def misfit(field, value):
+    """What is expected of a field's value, if this one is not; None where it is."""
+    kind = value_type(field)
+    if value is None and isinstance(field.type, types.UnionType):
+        return None
+    if field.name == "seed":
+        fits = type(value) is int and -2 ** 63 <= value < 2 ** 64
+        return None if fits else "an integer of at most 64 bits"
+    if kind is str and value == "":
+        return "a text of at least one character (it would hold no token and name no file)"
+    if kind is str and type(value) is str and "\0" in value:
+        return "a text without the character NUL"
+    fits = type(value) is kind
+    if kind is int and fits:
+        fits = -2 ** 31 <= value < 2 ** 31
+    if kind is float and type(value) in (int, float):
+        fits = -2 ** 63 <= value < 2 ** 64  # refuses nan and infinity too
+    return None if fits else EXPECTED[kind]
 
 
 def require_positive(settings, *names):
@@ -133,7 +172,13 @@ def is_out_of_memory(error):
     """Whether PyTorch or Python could not allocate."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def is_other_process(error):
+    """Whether this process of several fails because another has ended, which says why itself."""
+    gone = any(text in str(error) for text in OTHER_PROCESS_GONE)
+    return processes.count() > 1 and isinstance(error, RuntimeError) and gone
 
 
 def command_line(settings, main, recipe=None):
@@ -141,29 +186,68 @@ def command_line(settings, main, recipe=None):
     dataclass's, the file that they stand in). What a user can mend is one line on stderr: exit
     status 2 for a mistake (ValueError, OSError) or too little memory, 130 for an interruption."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
+    resolved = None
+    defaults = {}
+    source = None
     try:
         flags = parse(settings)
         check_values(settings, flags)
-        defaults, source = recipe(flags) if recipe else ({}, None)
+        if recipe is not None:
+            defaults, source = recipe(flags)
         check_values(settings, defaults, source)
+        defaults = {name: value for name, value in defaults.items() if name not in flags}
         resolved = settings(**(defaults | flags))
         if processes.is_first():
             print(f"settings: {json.dumps(dataclasses.asdict(resolved))}", flush=True)
         main(resolved)
-        processes.leave()
+        flush_stdout()  # a full disk is to be found out here, not behind all handlers
     except KeyboardInterrupt:
-        stop_with(130, f"interrupted; {KEPT}")
-    except (ValueError, OSError) as error:
-        stop_with(2, f"error: {one_line(error)}")
+        stop_with(130, f"interrupted; {what_is_kept(resolved)}")
+    except BrokenPipeError:  # whoever read the output has read enough
+        stop_with(141, "")
+    except ValueError as error:
+        stop_with(2, f"error: {one_line(name_source(str(error), defaults, source))}")
+    except OSError as error:
+        full = f"; {what_is_kept(resolved)}" if error.errno == errno.ENOSPC else ""
+        stop_with(2, f"error: {one_line(error)}{full}")
     except (RuntimeError, MemoryError) as error:
+        if is_other_process(error):
+            stop_with(2, "error: another process of this run has ended: its own line says why")
         if not is_out_of_memory(error):
             raise
         stop_with(2, "error: out of memory: lower --batch (rows at a time), --max-new-tokens or "
-                     f"--n; {KEPT}")
+                     f"--n; {what_is_kept(resolved)}")
+
+
+def name_source(message, defaults, source):
+    """A complaint about a setting, with the file that it stands in where it came from there.
+    It begins with the setting's name, as do all."""
+    name = message.partition(": ")[0].replace("-", "_")
+    return f"{source}: {message}" if name in defaults else message
+
+
+def what_is_kept(settings):
+    """What an interrupted run leaves for the next one, in words."""
+    writes = hasattr(settings, "out") and (settings.out or not hasattr(settings, "prompt"))
+    return KEPT if writes else NOTHING_KEPT
+
+
+def flush_stdout():
+    """Write what stdout still holds; there may be no stdout."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def stop_with(status, line):
-    """End the program with one line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """End the program with one line on stderr, or none. Of what stdout still holds, what cannot be
+    written is dropped."""
+    with contextlib.suppress(OSError):
+        if line and (status != 130 or processes.is_first()):
+            print(line, file=sys.stderr, flush=True)
+    try:
+        flush_stdout()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
