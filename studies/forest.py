@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from baselines import entropy, progress
+from plumbing import processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.records import Job, digest
 from sample import Batch, Path, branch_key, model_digest, uniform
@@ -404,7 +405,7 @@ def measure(field, signal, plans, sampling):
     job = Job(field.folder / f"plans-{identity[:12]}.jsonl", identity, heads)
     starts = [span.start for span in map(spans(plans).get, plans)]
     together = max(1, TOGETHER // max(plan.n for plan in plans))
-    todo = job.todo()
+    todo = processes.mine(job.todo())
     with job, progress(len(todo), "problem", f"{signal.name}, seed {sampling.seed}") as bar:
         for first in range(0, len(todo), together):
             chosen = todo[first:first + together]
