@@ -561,6 +561,7 @@ def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, ba
     next path at once. on_complete(i, paths) is called as soon as all n paths of prompts[i] have
     ended, in whatever order that happens; then they are let go. The rest as in `generate`."""
     check_prompts(model, prompts, limit)
+    memory.require_paths(len(prompts) * n)
     paths = []
     unfinished = {}  # prompt number -> its paths so far, of which some still run
     for number, prompt in enumerate(prompts):

@@ -225,7 +225,7 @@ def name_source(message, defaults, source):
     """A complaint about a setting, with the file that it stands in where it came from there.
     It begins with the setting's name, as do all."""
     name = message.partition(": ")[0].replace("-", "_")
-    return f"{source}: {message}" if name in defaults else message
+    return f"{source}: {message}" if source and name in defaults else message
 
 
 def what_is_kept(settings):

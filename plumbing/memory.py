@@ -15,6 +15,7 @@ MOST_ROWS = 1024  # more rows a step than this no longer raise the rate
 PREFILL_TOKENS = 8192  # positions of one prefill pass: enough to keep a GPU busy
 SHARE = 0.9  # of the free memory; the rest is for allocators and fragments
 SCORE_COPIES = 12  # bytes an attention score: float32 scores, their softmax, one in the making
+PATH_BYTES = 500  # of a sample.Path that has not begun
 GB = 1e9
 
 
@@ -104,6 +105,16 @@ def describe_rows(model, rows, capacity):
     free = free_bytes(model.device)
     return (f"{rows:,} rows at a time, {capacity:,} positions each: {taken / GB:.2f} GB "
             f"of {free / GB:.1f} GB free")
+
+
+def require_paths(count):
+    """Raise ValueError where even the records of so many paths do not fit the host's memory."""
+    free = free_bytes("cpu")
+    needed = count * PATH_BYTES
+    if needed > free:
+        raise ValueError(
+            f"paths: found {count:,}, which need {needed / GB:,.1f} GB at least, {free / GB:.1f} "
+            "GB are free: lower the number of paths or of rollouts")
 
 
 def require_weights(folder, needed, device):

@@ -117,6 +117,7 @@ class Job:
         self.records = [None] * len(heads)
         self.order = []  # record numbers as they stand in the file
         self.output = None
+        require_plain_file(self.file)
         self._read()
 
     def todo(self):
@@ -192,6 +193,12 @@ class Job:
                     self.order.append(number)
                 elif file == self.file:  # a part may repeat it: `finish` was killed before it left
                     raise ValueError(f"{place}: found a record for the second time: remove it")
+
+
+def require_plain_file(file):
+    """Raise ValueError where something else than a file stands in a file's place."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: found a folder or a device, expected a file or none")
 
 
 def _cut_torn_line(file):

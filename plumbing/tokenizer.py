@@ -98,9 +98,13 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of a text; special tokens in it are read as such, none are added."""
-        encoding = call_library(
-            f"text {shorten(text)}", self.library.encode, text, add_special_tokens=False)
-        return encoding.ids
+        what = f"text {shorten(text)}"
+        try:
+            text = text.encode("utf-8", "surrogateescape").decode()  # bytes of a plain locale
+        except UnicodeError:
+            raise ValueError(f"{what}: found bytes that are not UTF-8, or half a surrogate pair, "
+                             "expected Unicode text") from None
+        return call_library(what, self.library.encode, text, add_special_tokens=False).ids
 
     def decode(self, ids, skip_special_tokens=False):
         """The text of token ids."""
