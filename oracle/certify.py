@@ -1,15 +1,17 @@
-"""Certify another implementation of STOP (section 3 of the paper) against the published vectors: see oracle/README.md.
+"""Certify another implementation of STOP (section 3 of the paper) against the published vectors.
 
-    python oracle/certify.py DIR [--cases qwen2,qwen3]
+    python oracle/certify.py DIR [--cases qwen2,qwen3] [--levels decoder,score] [--json FILE]
+    python oracle/certify.py DIR --dtype bfloat16
+    python oracle/certify.py --fresh SEED --write DIR     # inputs that nobody can have copied
+    python oracle/certify.py DIR --fresh SEED             # and the answers to them
+    python oracle/certify.py --server URL
 
-DIR holds, for each case, NAME.safetensors and NAME.json with what the other implementation computes from
-vectors/NAME/case.json, under the names of vectors/NAME/expected.*; parts may be missing. Exit status: 0 all that is
-there agrees and nothing required is missing, 1 something disagrees or is missing, 2 a file cannot be read.
+DIR holds NAME.json for each case, with what the other implementation computes from
+vectors/NAME/case.json, under the names of vectors/NAME/expected.json. Exit status: 0 no level fails
+and at least one passes; 1 a level fails or none is shown; 2 something cannot be read.
 """
 import argparse
-import copy
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -17,195 +19,254 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # the project's root, for its rooms
-from kvcache import Place  # noqa: E402
-from model import load  # noqa: E402
-from stop import Stop, read_tensors  # noqa: E402
-from task import read_json  # noqa: E402
-
-ROWS = ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores", "loss", "grad", "probabilities",
-        "kept_set", "keys", "noise", "sampled", "uninterrupted", "paths", "kept")  # in the order of computation
-
-
-# ------------------------------------------------------------------------------------- what a known mistake would give
-
-
-def masked_pass(model, stop, ids, everywhere=False, shift=0, windows=False):
-    """[STOP] states of one prefix in one pass: before the final norm and after it, (m, hidden) each.
-
-    everywhere: LoRA acts on the prefix too. shift: the [STOP] positions are off by so much, and with them their
-    windows, if `windows`.
-    """
-    embedded = model.model["embed_tokens"](torch.tensor([ids]))
-    x = torch.cat((embedded, stop.tokens.expand(stop.m, -1)[None]), 1)
-    stops = torch.arange(x.shape[1])[None] >= len(ids)
-    place = Place(1, x.shape[1], None, x.shape[1], model.config.windows, x.device)
-    keys, place.positions = torch.arange(x.shape[1]), place.positions + shift * stops
-    for window, (start, span, mask) in place.seen.items():
-        if window and windows:  # the first query sees its own key and not the last: these are the mask's two values
-            near = (keys > place.positions[..., None] - window) & (keys <= keys[:, None])
-            place.seen[window] = start, span, torch.where(near, mask[0, 0, 0], mask[0, 0, -1])
-    place.turn(model.frequencies, model.rope_scale, x.dtype)
-    for layer in model.model["layers"]:
-        x = layer(x, place, stop.lora, stops | everywhere)
-    return x[0, -stop.m:], model.model["norm"](x)[0, -stop.m:]
+import cases  # noqa: E402
+import follow  # noqa: E402
+import rounded  # noqa: E402
+import server  # noqa: E402
+from compare import (  # noqa: E402
+    CHAINS, CLAUSES, DIAGNOSTIC, FAIL, LEVELS, LEVEL_OF, NOT_SHOWN, PASS, PATH_ROWS, Result,
+    compare_row, name_cause, summary_of)
+from hand_in import read_hand_in  # noqa: E402
+from plumbing.records import read_json, write_atomic  # noqa: E402
+from vector_files import file_digest, write_json  # noqa: E402
 
 
-@torch.inference_mode()
-def mistakes(model, stop, prefixes):
-    """Yield (cause, (head logits (N, 1 or 2), chances (N,), [STOP] states (N, m, hidden))) of each known mistake."""
-    def outcome(norm=True, read=-1, alpha=None, **how):
-        usual, stop.lora.alpha = stop.lora.alpha, stop.lora.alpha if alpha is None else alpha
-        states = torch.stack([masked_pass(model, stop, ids, **how)[norm] for ids in prefixes])
-        stop.lora.alpha = usual
-        logits = stop.head(states[:, read])
-        return logits, stop.chance(logits), states
-
-    yield "LoRA active on the prefix", outcome(everywhere=True)
-    for shift, direction in ((1, "high"), (-1, "low")):
-        for windows in (False, True):
-            yield f"positions off by one (too {direction})", outcome(shift=shift, windows=windows)
-    yield "state taken before the final norm", outcome(norm=False)
-    yield "LoRA scaling alpha / r missing", outcome(alpha=stop.lora.rank)
-    yield "LoRA not active at all", outcome(alpha=0)
-    yield "the first [STOP] position read instead of the last", outcome(read=0)
-    logits, chances, states = outcome()
-    yield "the chance of a bad end taken for that of a good one", (logits.flip(-1), 1 - chances, states)
+def read_expected(name, fresh):
+    """{row: value} that a case must give: published, or made by the reference for a fresh one."""
+    if fresh is None:
+        return read_json(HERE / "vectors" / name / "expected.json")
+    return follow.fresh_rows(name, fresh)
 
 
-def name_cause(name, expected, found, tolerances):
-    """The mistake that gives the wrong scores handed in (or logits, or states), as text; None where none is known."""
-    about = read_json(HERE / "vectors" / name / "case.json")
-    model = load(HERE / about["checkpoint"])
-    stop = Stop.load(HERE / about["stop"], model)
-    key = next((key for key in ("scores", "logits", "stop.hidden") if key in found), None)
-    if key is None or worst(key, expected[key], found[key], tolerances)[0] <= 1:
-        return None
-    place = ("logits", "scores", "stop.hidden").index(key)
-    for cause, outcome in mistakes(model, stop, about["prefixes"]):
-        like = worst(key, outcome[place], found[key], tolerances)
-        if like[0] <= 5 and worst(key, outcome[place], expected[key], tolerances)[0] > 20:
-            return f"{cause} ({key} are those of this mistake to {like[1]:.1e})"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------- comparison
-
-
-def worst(key, expected, found, tolerances):
-    """(largest difference in units of what is allowed, that difference, what is allowed, first place beyond it)."""
-    tolerance, floor = tolerances[key.partition(".")[0] if key.startswith(("grad.", "hidden.")) else key]
-    difference = (found.double() - expected.double()).abs()
-    difference = torch.where(difference.isnan(), math.inf, difference)
-    allowed = tolerance * max(floor, expected.abs().max().item(), 1e-30)
-    beyond = (difference > allowed).nonzero()
-    largest = difference.max().item()
-    return largest / allowed, largest, allowed, f"{key}{beyond[0].tolist()}" if len(beyond) else None
-
-
-def compare_values(key, expected, found, tolerances):
-    """`worst` of two JSON values: noise and paths' scores within tolerance, all else equal."""
-    def difference(a, b, place):
-        """(difference, allowance, place) of each pair of leaves."""
-        if isinstance(a, dict) and isinstance(b, dict):
-            for name in (name for name in a if name in b or name != "score"):
-                yield from difference(a[name], b.get(name), f"{place}.{name}")
-        elif isinstance(a, list) and isinstance(b, list):
-            for i in range(max(len(a), len(b))):
-                yield from difference(*(part[i] if i < len(part) else None for part in (a, b)), f"{place}[{i}]")
-        elif type(a) is float and type(b) in (int, float):
-            allowed = tolerances["noise" if key == "noise" else "path scores"][0]
-            yield (abs(a - b) if b == b else math.inf), allowed, place
-        else:
-            yield (0.0 if a == b and type(a) is type(b) else math.inf), 0.0, place
-
-    leaves = list(difference(expected, found, key))
-    largest, allowed, _ = max(leaves, default=(0.0, 0.0, ""))
-    first = next((place for off, allowance, place in leaves if off > allowance), None)
-    return (2.0 if first else 0.0), largest, allowed, first
-
-
-def disturbed(expected, found, checkpoint):
-    """Whether finished paths are right up to the checkpoint and go wrong behind it."""
-    right = {path["index"]: path["ids"] for path in expected["uninterrupted"]}
-    pairs = [(path["ids"], right[path["index"]]) for path in found["paths"] if path["status"] != "pruned"]
-    return any(ids != whole for ids, whole in pairs) and \
-        all(ids[:checkpoint] == whole[:checkpoint] for ids, whole in pairs)
-
-
-def read_outputs(folder, name, tensors, facts):
-    """({name: tensor}, {name: value}) handed in for a case. ValueError naming the file and what no case knows."""
-    found, told, file = {}, {}, folder / f"{name}.safetensors"
-    if file.is_file():
-        found = read_tensors(file)
-    for key, tensor in found.items():
-        if key not in tensors:
-            raise ValueError(f"{file}: {key}: unknown, expected the names of vectors/{name}/expected.safetensors")
-        if tensor.shape != tensors[key].shape:
-            raise ValueError(f"{file}: {key}: found shape {list(tensor.shape)}, expected {list(tensors[key].shape)}")
-    file = folder / f"{name}.json"
-    if file.is_file():
-        told = read_json(file)
-    for key in told.keys() - facts.keys():
-        raise ValueError(f"{file}: {key}: unknown, expected {', '.join(facts)}")
-    paths = told.get("paths", [])
-    for path in paths if isinstance(paths, list) else [paths]:
-        if not (isinstance(path, dict) and isinstance(path.get("ids"), list) and isinstance(path.get("status"), str)
-                and path.get("index") in range(len(facts["paths"]))):
-            raise ValueError(f"{file}: paths: found {str(path)[:60]}, expected objects of index, ids, status and score")
-    return found, told
-
-
-def certify(folder, name, manifest):
-    """Print a case's rows: (whether all that is there agrees, whether something required is missing)."""
-    tensors = read_tensors(HERE / "vectors" / name / "expected.safetensors")
-    facts, tolerances = read_json(HERE / "vectors" / name / "expected.json"), manifest["tolerances"]
-    found, told = read_outputs(folder, name, tensors, facts)
-    first, lacking = None, [key for key in manifest["required"] if key not in found]
-    for row in ROWS:
-        keys = [key for key in tensors if key == row or row in ("hidden", "grad") and key.startswith(row + ".")]
-        results = [worst(key, tensors[key], found[key], tolerances) for key in keys if key in found]
-        if row in told:
-            results = [compare_values(row, facts[row], told[row], tolerances)]
-        if not results:
-            print(f"{name:8} {row:14} {'MISSING' if row in lacking else 'missing'}")
+def compared_rows(name, expected, found, options):
+    """{row: {label: Result}} of one case, of the levels asked for."""
+    rows = {}
+    for row, value in expected.items():
+        if LEVEL_OF[row] not in options.levels:
             continue
-        _, largest, allowed, _ = max(results, key=lambda result: result[0])
-        place = next((result[3] for result in results if result[3]), "")
-        first = first or place
-        count = f"{len(results)} of {len(keys)}" if len(keys) > 1 else ""
-        print(f"{name:8} {row:14} {'FAIL' if place else 'pass':7} {largest:<10.3g} {allowed:<10.3g} {count:10} {place}")
-    if first:
-        checkpoint = read_json(HERE / "vectors" / name / "case.json")["run"]["prefix"]
-        causes = [cause for cause in [name_cause(name, tensors, found, tolerances)] if cause]
-        if "paths" in told and disturbed(facts, told, checkpoint):
-            causes.append(f"cache disturbed by the check (finished paths go wrong behind its {checkpoint} tokens)")
-        print(f"{name}: first disagreement at {first}; likely cause: {' and '.join(causes) or 'none that is known'}")
-    return not first, bool(lacking)
+        is_run = row in PATH_ROWS or row == "kept"
+        if is_run and (options.dtype == "bfloat16" or options.fresh is not None):
+            continue
+        if options.dtype == "bfloat16" and row in rounded.ROWS:
+            rows[row] = rounded.compare_row(name, row, value, found.get(row), options.manifest)
+        else:
+            rows[row] = compare_row(row, value, found.get(row))
+    followed = options.dtype == "bfloat16" or options.fresh is not None
+    if followed and "run" in options.levels and "uninterrupted" in expected:
+        rows |= follow.run_rows(name, found, options)
+    return rows
+
+
+def level_state(level, compared):
+    """PASS, FAIL or NOT SHOWN of a level, over all cases that were looked at."""
+    states = []
+    for about in compared.values():
+        for row, results in about["rows"].items():
+            if LEVEL_OF[row] != level:
+                continue
+            state = summary_of(results).state
+            absent = all(result.state == NOT_SHOWN and not result.place
+                         for result in results.values())
+            if row in DIAGNOSTIC and absent:
+                continue
+            states.append(state)
+    if FAIL in states:
+        return FAIL
+    if not states or NOT_SHOWN in states:
+        return NOT_SHOWN
+    return PASS
+
+
+def row_line(name, row, summary):
+    """One line of the table."""
+    numbers = ""
+    if summary.allowed:
+        numbers = f"{summary.difference:<9.3g} {summary.allowed:<9.3g}"
+    clauses = " ".join(CLAUSES[row][:4]) + (" ..." if len(CLAUSES[row]) > 4 else "")
+    return f"{name:9}{row:15}{summary.state:10}{numbers:20}{clauses:18}{summary.place}"
+
+
+def print_rows(compared):
+    print(f"{'case':9}{'row':15}{'result':10}{'worst':10}{'allowed':10}{'clauses':18}first place")
+    for name, about in compared.items():
+        for row, results in about["rows"].items():
+            print(row_line(name, row, summary_of(results)))
+
+
+def read_mistakes():
+    """The negative vectors."""
+    folder = HERE / "vectors" / "mistakes"
+    return [read_json(file) for file in sorted(folder.glob("*.json"))]
+
+
+def find_causes(compared):
+    """The first failing row of each chain of computation and, where it is known, its cause.
+
+    A run is not explained where a level that it is built on fails already."""
+    failing = False
+    causes = []
+    mistakes = None
+    for chain in CHAINS:
+        if chain == "run" and failing:
+            continue
+        if not any_failure(compared, CHAINS[chain]):
+            continue
+        failing = True
+        mistakes = mistakes or read_mistakes()
+        causes.append(name_cause(mistakes, chain, compared))
+    return causes
+
+
+def any_failure(compared, rows):
+    for about in compared.values():
+        for row, results in about["rows"].items():
+            if row in rows and summary_of(results).state == FAIL:
+                return True
+    return False
+
+
+def print_causes(causes):
+    for about in causes:
+        first = f"{about['case']}: first failure at {about['row']}{about['place']}"
+        if about["cause"] is not None:
+            print(f"{first}; cause: {about['cause']}")
+        elif about["candidates"]:
+            print(f"{first}; not decided between: {'; or '.join(about['candidates'])}")
+        else:
+            print(f"{first}; no known mistake gives these numbers")
+
+
+def report(compared, states, causes, options):
+    """All that was found, as one JSON value."""
+    rows = []
+    for name, about in compared.items():
+        for row, results in about["rows"].items():
+            summary = summary_of(results)
+            rows.append({
+                "case": name,
+                "row": row,
+                "level": LEVEL_OF[row],
+                "result": summary.state,
+                "shown": sum(result.state != NOT_SHOWN for result in results.values()),
+                "entries": len(results),
+                "worst": summary.difference if summary.difference < 1e300 else None,
+                "allowed": summary.allowed,
+                "place": summary.place,
+                "clauses": CLAUSES[row]})
+    handed_in = {}
+    if options.folder is not None:
+        for file in sorted(options.folder.glob("*.json")):
+            handed_in[file.name] = file_digest(file)
+    return {
+        "version": options.manifest["version"],
+        "manifest_sha256": file_digest(HERE / "vectors" / "manifest.json"),
+        "dtype": options.dtype,
+        "fresh": options.fresh,
+        "cases": list(compared),
+        "levels": states,
+        "rows": rows,
+        "causes": causes,
+        "handed_in_sha256": handed_in}
+
+
+def certify(options):
+    """Compare everything that was asked for, print it; -> the exit status."""
+    compared = {}
+    for name in options.cases:
+        expected = read_expected(name, options.fresh)
+        if options.server is not None:
+            found = server.ask(options.server, name, options)
+        else:
+            found = read_hand_in(options.folder, name, expected)
+        compared[name] = {
+            "expected": expected,
+            "found": found,
+            "rows": compared_rows(name, expected, found, options)}
+    print_rows(compared)
+    states = {level: level_state(level, compared) for level in options.levels}
+    exact = options.dtype == "float32" and options.fresh is None
+    causes = find_causes(compared) if exact else []
+    print_causes(causes)
+    everything = set(options.cases) == set(all_names(options.fresh))
+    looked_at = "" if everything else f" (only {', '.join(options.cases)})"
+    for level, state in states.items():
+        print(f"{level:9} {options.dtype:9} {state}{looked_at}")
+    if options.json is not None:
+        text = json.dumps(report(compared, states, causes, options), indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            write_atomic(options.json, text + "\n")
+    return 0 if PASS in states.values() and FAIL not in states.values() else 1
+
+
+def all_names(fresh):
+    """The names of all cases; the fresh ones need a model."""
+    names = [case.name for case in cases.CASES]
+    return names if fresh is not None else [*names, *cases.MODEL_FREE]
+
+
+def chosen(text, known, flag):
+    """The names in a comma-separated list, each of them known."""
+    if text is None:
+        return list(known)
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag}: found {name[:40]!r}, expected {', '.join(known)}")
+    return names
+
+
+def read_options(arguments):
+    """The options, checked."""
+    options = arguments
+    options.cases = chosen(options.cases, all_names(options.fresh), "--cases")
+    options.levels = chosen(options.levels, LEVELS, "--levels")
+    options.manifest = read_json(HERE / "vectors" / "manifest.json")
+    sources = [options.folder, options.server, options.write]
+    if sum(source is not None for source in sources) != 1:
+        raise ValueError("found none or several, expected one of DIR, --server URL and --write DIR")
+    if options.write is not None and options.fresh is None:
+        raise ValueError("--write: found no --fresh, expected --fresh SEED --write DIR")
+    if options.fresh is not None and not 0 <= options.fresh < 2 ** 62:
+        raise ValueError(f"--fresh: found {options.fresh}, expected 0 to 2 ** 62 - 1")
+    if options.folder is not None and not options.folder.is_dir():
+        raise ValueError(f"{options.folder}: no such folder")
+    return options
+
+
+def write_fresh(options):
+    """Write the inputs that a seed gives: DIR/NAME/case.json."""
+    for name in options.cases:
+        file = Path(options.write) / name / "case.json"
+        write_json(file, follow.fresh_inputs(name, options.fresh))
+        print(file)
+    return 0
 
 
 def main():
     """The command line; -> the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the other implementation's outputs")
-    parser.add_argument("--cases", help="those to look at, as in qwen2,qwen3 (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR",
+                        help="the other implementation's outputs")
+    parser.add_argument("--cases", help="those to look at, as in qwen2,sampler (default: all)")
+    parser.add_argument("--levels", help="those to look at, as in sampler,run (default: all)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="what the outputs were computed in")
+    parser.add_argument("--json", metavar="FILE", help="write the report there, too; - prints it")
+    parser.add_argument("--fresh", type=int, metavar="SEED", help="inputs made from this seed")
+    parser.add_argument("--write", metavar="DIR", help="with --fresh: write the inputs there")
+    parser.add_argument("--server", metavar="URL", help="ask an engine; see PORTING.md")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     try:
-        manifest = read_json(HERE / "vectors" / "manifest.json")
-        cases = arguments.cases.split(",") if arguments.cases else manifest["cases"]
-        for name in cases:
-            if name not in manifest["cases"]:
-                raise ValueError(f"--cases: found {name!r}, expected {', '.join(manifest['cases'])}")
-        if not arguments.folder.is_dir():
-            raise ValueError(f"{arguments.folder}: no such folder")
-        print(f"{'case':8} {'quantity':14} {'result':7} {'worst':10} {'allowed':10} {'of':10} first place")
-        results = [certify(arguments.folder, name, manifest) for name in cases]
+        options = read_options(arguments)
+        return write_fresh(options) if options.write is not None else certify(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        reason = str(error).replace("\n", " ")
+        print(f"error: {reason}", file=sys.stderr)
         return 2
-    agree, missing = all(agrees for agrees, _ in results), any(lacks for _, lacks in results)
-    print("certified" if agree and not missing else "NOT certified: "
-          + " and ".join(["something disagrees"] * (not agree) + ["something required is missing"] * missing))
-    return 0 if agree and not missing else 1
 
 
 if __name__ == "__main__":

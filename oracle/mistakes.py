@@ -1,0 +1,172 @@
+"""Write the negative vectors: for each known mistake, the wrong outputs that it gives.
+
+`vectors/mistakes/KEY.json`: key, what (the name that certify gives), chain, and for each case and
+row the entries that come out wrong. Of long entries some numbers are published: "values" at the
+flat places "at". What is not listed comes out right, or, where "unknown" says so, was not tried.
+"""
+import numpy as np
+import torch
+
+import cases
+from compare import CHAINS, FLOATS, allowed_difference, as_numbers, compare_paths, entries_of
+from compare import PATH_ROWS, PASS
+from vector_files import write_json
+from plumbing.records import read_json
+from wrong_decoder import DECODER, ROUNDED, SCORE, Port
+from wrong_run import CHECK, PATHS, RESUME, wrong_run_rows
+from wrong_sampler import CHOICES, SAMPLER, choices_rows, sampler_rows
+from wrong_training import TRAINING, training_rows
+
+TITLES = DECODER | SCORE | TRAINING | PATHS | CHECK | RESUME | SAMPLER | CHOICES
+LONGEST = 300        # longer prefixes are not tried with mistakes
+SHOWS = 20           # a mistake counts where it moves a number by so many times what is allowed
+LARGEST = 10         # places shown of an entry: where it changes most,
+SPREAD = 6           # and some at equal distances
+
+
+def chosen_places(change):
+    """Flat places of an entry to publish: where it changes most, and some spread evenly."""
+    largest = np.argsort(-change, kind="stable")[:LARGEST]
+    spread = np.linspace(0, len(change) - 1, SPREAD).astype(int)
+    return sorted({int(place) for place in (*largest, *spread)})
+
+
+def numbers_entry(row, expected, wrong):
+    """(the published entry or None where it is right, its change in units of what is allowed)."""
+    expected = as_numbers(expected)
+    wrong = np.asarray(torch.as_tensor(wrong).float()).astype(np.float64)
+    if wrong.shape != expected.shape:
+        return None, 0.0
+    change = np.abs(wrong - expected).reshape(-1)
+    units = float(change.max()) / allowed_difference(row, expected)
+    if units <= 0.5:
+        return None, units
+    at = chosen_places(change)
+    values = wrong.reshape(-1)[at].astype(np.float32)
+    return {"at": at, "values": values}, units
+
+
+def exact_entry(row, expected, wrong):
+    if row in PATH_ROWS:
+        changed = []
+        for right, path in zip(expected, wrong):
+            if compare_paths([right], [path]).state != PASS:
+                changed.append(path)
+        return ({"value": changed}, SHOWS + 1) if changed else (None, 0.0)
+    if wrong == expected:
+        return None, 0.0
+    return {"value": wrong}, SHOWS + 1
+
+
+def wrong_rows(expected_rows, found_rows):
+    """({row: {"entries", "unknown"}}, the largest change) of what a mistake gives in a case."""
+    rows = {}
+    largest = 0.0
+    for row, found in found_rows.items():
+        expected = entries_of(row, expected_rows[row])
+        wrong = entries_of(row, found)
+        entries = {}
+        unknown = []
+        for label, right in expected.items():
+            if wrong.get(label) is None and right is not None:
+                unknown.append(label)
+                continue
+            make = numbers_entry if row in FLOATS else exact_entry
+            entry, units = make(row, right, wrong[label])
+            largest = max(largest, units)
+            if entry is not None:
+                entries[label] = entry
+        if entries or unknown:
+            rows[row] = {"entries": entries}
+            if unknown:
+                rows[row]["unknown"] = unknown
+    return rows, largest
+
+
+def port_rows(case, model, stop, inputs, wrong):
+    """The decoder's and the score's rows of a wrong Port."""
+    port = Port(model, stop, wrong)
+    rows = {row: [] for row in CHAINS["model"] if row not in ("loss", "grad")}
+    for prefix in inputs["prefixes"]:
+        entry = {}
+        if len(prefix["ids"]) <= LONGEST:
+            with torch.inference_mode():
+                entry = port.decoder_entry(prefix["ids"]) | (port.score_entry(prefix["ids"]) or {})
+        for row, entries in rows.items():
+            entries.append(entry.get(row))
+    if "decoder" not in case.levels:
+        rows.pop("hidden")
+        rows.pop("next_logits")
+    return rows
+
+
+class Writer:
+    """What each mistake gives in every case: read from the files that are there, and written again."""
+
+    def __init__(self, out, renewed):
+        """renewed: names of the cases that are made again."""
+        self.folder = out / "mistakes"
+        self.mistakes = {}
+        for file in sorted(self.folder.glob("*.json")):
+            mistake = read_json(file)
+            kept = {name: rows for name, rows in mistake["cases"].items() if name not in renewed}
+            if kept and mistake["key"] in TITLES:
+                self.mistakes[mistake["key"]] = mistake | {"cases": kept}
+            file.unlink()
+
+    def add(self, key, chain, case, expected, found, unknown_rows=()):
+        """What the mistake `key` gives in a case."""
+        rows, largest = wrong_rows(expected, found)
+        if largest <= SHOWS:
+            return
+        mistake = self.mistakes.setdefault(key, {
+            "key": key,
+            "what": TITLES[key],
+            "chain": chain,
+            "rounded": key in ROUNDED,
+            "unknown_rows": list(unknown_rows),
+            "cases": {}})
+        mistake["cases"][case] = rows
+
+    def write(self):
+        for key, mistake in self.mistakes.items():
+            write_json(self.folder / f"{key}.json", mistake)
+
+
+def add_model_case(writer, case, out):
+    """Try every mistake on a case with a model."""
+    inputs = read_json(out / case.name / "case.json")
+    expected = read_json(out / case.name / "expected.json")
+    model = case.model()
+    stop = case.stop(model, out)
+    for key in DECODER | SCORE:
+        found = port_rows(case, model, stop, inputs, key)
+        writer.add(key, "model", case.name, expected, found, ("loss", "grad"))
+    prefixes = [prefix["ids"] for prefix in inputs["prefixes"]]
+    for key in TRAINING:
+        found = training_rows(model, stop, prefixes, inputs["labels"], key)
+        writer.add(key, "model", case.name, expected, found)
+    if inputs["runs"]:
+        for key in PATHS | CHECK | RESUME:
+            found = wrong_run_rows(model, stop, inputs["runs"], expected, key)
+            writer.add(key, "run", case.name, expected, found)
+
+
+def write_all(out, names):
+    """Write the mistakes that show in the vectors of the folder `out`, those of these cases anew."""
+    writer = Writer(out, names)
+    for name in names:
+        if name in cases.BY_NAME:
+            add_model_case(writer, cases.BY_NAME[name], out)
+        else:
+            inputs = read_json(out / name / "case.json")
+            expected = read_json(out / name / "expected.json")
+            if name == "sampler":
+                for key in SAMPLER:
+                    writer.add(key, "sampler", name, expected, sampler_rows(inputs, key))
+            else:
+                for key in CHOICES:
+                    chain = "ranks" if key.startswith("rank-") else "votes"
+                    writer.add(key, chain, name, expected, choices_rows(inputs, key))
+        print(f"{name}: {len(writer.mistakes)} mistakes", flush=True)
+    writer.write()
