@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 import resource
 import time
 
@@ -680,8 +681,8 @@ def open_model(settings):
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
     try:
-        if torch.device(settings.device).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected cpu, cuda or mps")
+        if re.fullmatch("cpu|mps|cuda(:[0-9]+)?", settings.device) is None:
+            raise RuntimeError("expected cpu, cuda, cuda:0 or mps")
         device = processes.start(settings.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

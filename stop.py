@@ -529,6 +529,8 @@ def check(settings):
     require_positive(settings, "max_new_tokens", "batch", "n", "keep", "retention", "budget",
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
+    if settings.cascade is not None:
+        parse_cascade(settings.cascade)
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")

@@ -201,6 +201,18 @@ def cut_prefixes(pairs, settings):
     return cuts
 
 
+def require_room(model, prompts, settings):
+    """The limit of these prompts' paths, in new tokens. Raises ValueError unless every checkpoint
+    leaves room for rollouts and for [STOP] tokens."""
+    last = max(parse_checkpoints(settings.prefix))
+    limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
+    if limit <= last:
+        raise ValueError(
+            f"prefix: found {last}, expected less than the limit of {limit} new tokens")
+    check_prompts(model, prompts, max(limit, last + settings.m))
+    return limit
+
+
 def roll_out(model, tokenizer, cuts, settings, out):
     """The soft labels of Cuts: the share of K continuations that end right. A path that has ended
     is its own only continuation."""
@@ -208,12 +220,7 @@ def roll_out(model, tokenizer, cuts, settings, out):
         raise ValueError(
             f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
             "paths right, expected some to train on")
-    limit = min(room(model, cut.record["prompt_ids"], settings.max_new_tokens) for cut in cuts)
-    last = max(cut.checkpoint for cut in cuts)
-    if limit <= last:
-        raise ValueError(
-            f"prefix: found {last}, expected less than the limit of {limit} new tokens")
-
+    limit = require_room(model, [cut.record["prompt_ids"] for cut in cuts], settings)
     K = settings.rollouts
     sampling = sampling_of(settings)
     graded = [[cut.problem.kind, cut.problem.answer] for cut in cuts]
@@ -274,18 +281,23 @@ def given_labels(file, model, tokenizer, m, tests):
     return examples
 
 
+def require_several(problems):
+    """Raise ValueError on a single problem: some are trained on, others are held out."""
+    if len(problems) < 2:
+        raise ValueError(
+            f"labels: found {len(problems)} problem(s), expected several, to hold some out for "
+            "validation")
+
+
 def split(examples, share, seed):
     """(training, validation) examples, by whole problems, drawn by the seed.
     ValueError if no problem is left to train on."""
     problems = sorted({example.problem for example in examples})
+    require_several(problems)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(problems), generator=generator).tolist()
-    count = max(1, round(share * len(problems)))
+    count = min(max(1, round(share * len(problems))), len(problems) - 1)
     held = {problems[i] for i in order[:count]}
-    if len(held) == len(problems):
-        raise ValueError(
-            f"labels: found {len(problems)} problem(s), expected several, to hold some out for "
-            "validation")
     training = [example for example in examples if example.problem not in held]
     validation = [example for example in examples if example.problem in held]
     return training, validation
@@ -598,12 +610,18 @@ def read_material(settings, model, tokenizer, folder):
         examples = given_labels(settings.labels, model, tokenizer, settings.m, tests)
         split(examples, settings.validation, settings.seed)  # refuses labels of one problem alone
         return Material([], examples, tests)
-    return Material(training_problems(settings, folder, tests), None, tests)
+    problems = training_problems(settings, folder, tests)
+    require_several(problems)
+    return Material(problems, None, tests)
 
 
 def plan_of(material, model, tokenizer, settings):
-    """The Plan of a run on this material."""
+    """The Plan of a run on this material. Raises ValueError where it cannot be run to its end."""
     prompts = [tokenizer.ask(problem) for problem in material.problems or material.tests]
+    if material.problems:
+        require_room(model, prompts, settings)
+    for problem in material.tests:
+        check_prompts(model, [tokenizer.ask(problem)], settings.max_new_tokens or settings.m)
     checkpoints = parse_checkpoints(settings.prefix)
     prefixes = len(prompts) * settings.prefixes * len(checkpoints)
     if material.examples is not None:

@@ -222,9 +222,9 @@ def command_line(settings, main, recipe=None):
 
 
 def name_source(message, defaults, source):
-    """A complaint about a setting, with the file that it stands in where it came from there.
-    It begins with the setting's name, as do all."""
-    name = message.partition(": ")[0].replace("-", "_")
+    """A complaint about a setting ("name: found ..."), with the file that the setting stands in
+    where it came from there."""
+    name = message.partition(": found ")[0].replace("-", "_")
     return f"{source}: {message}" if source and name in defaults else message
 
 
