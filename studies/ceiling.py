@@ -26,15 +26,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import train
 from eval import Interval, cell, interval, select
 from plumbing import processes
-from plumbing.command_line import command_line, option, require_positive
+from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.records import locked, write_atomic
 from shared import StoredSettings, open_stored, stop_scores
-from train import Cut, roll_out
 
 GRID = np.linspace(0, 1, 65)  # the values that q may have
-SHARED = 4.0                  # prefixes' worth of the histogram of all problems
+SHARED = 1.0                  # prefixes' worth of the histogram of all problems
 ROUNDS = 200                  # of EM
 DRAWS = 200                   # of all q
 LAUNCHED = (6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64)
@@ -65,9 +65,11 @@ def successes(stored, checkpoint, settings, folder):
     groups = [distinct(record["paths"], checkpoint) for record in stored.records]
     cuts = []
     for record, problem, group in zip(stored.records, stored.problems, groups):
-        cuts += [Cut(record, problem, number, checkpoint) for number in sorted(set(group))]
+        cuts += [train.Cut(record, problem, number, checkpoint) for number in sorted(set(group))]
     folder.mkdir(parents=True, exist_ok=True)
-    labels = roll_out(stored.model, stored.tokenizer, cuts, settings, folder)
+    common = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Common)}
+    how = train.Settings(**common, prefix=str(checkpoint), rollouts=settings.rollouts)
+    labels = train.roll_out(stored.model, stored.tokenizer, cuts, how, folder)
     by_prefix = {(label["id"], label["path"]): label["successes"] for label in labels}
     counts = []
     for record, group in zip(stored.records, groups):
