@@ -59,7 +59,7 @@ CASES = (
     Case("gpt_oss", "golden/checkpoints/gptoss-tiny", (1, 65, 300, 4100), MODEL_LEVELS + ("run",),
          golden="golden/scorers/gptoss-tiny.attn"),
     Case("mxfp4", "golden/mxfp4/gptoss-mxfp4-tiny", (1, 9, 33, 65, 300), MODEL_LEVELS,
-         m=1, rank=3, alpha=5, head_spread=4.0),
+         m=1, rank=3, alpha=5, head_spread=16.0),
     Case("m8", "golden/checkpoints/qwen3-tiny", (1, 3, 20, 65), ("score", "training"),
          m=8, rank=2, alpha=5, head="softmax", head_spread=0.2))
 BY_NAME = {case.name: case for case in CASES}

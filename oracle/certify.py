@@ -11,6 +11,7 @@ vectors/NAME/case.json, under the names of vectors/NAME/expected.json. Exit stat
 and at least one passes; 1 a level fails or none is shown; 2 something cannot be read.
 """
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -93,6 +94,7 @@ def print_rows(compared):
             print(row_line(name, row, summary_of(results)))
 
 
+@functools.cache
 def read_mistakes():
     """The negative vectors."""
     folder = HERE / "vectors" / "mistakes"
@@ -105,15 +107,13 @@ def find_causes(compared):
     A run is not explained where a level that it is built on fails already."""
     failing = False
     causes = []
-    mistakes = None
     for chain in CHAINS:
         if chain == "run" and failing:
             continue
         if not any_failure(compared, CHAINS[chain]):
             continue
         failing = True
-        mistakes = mistakes or read_mistakes()
-        causes.append(name_cause(mistakes, chain, compared))
+        causes.append(name_cause(read_mistakes(), chain, compared))
     return causes
 
 
