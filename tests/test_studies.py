@@ -1,4 +1,4 @@
-"""The studies on tiny models: each figure beside a direct computation, each script as it is typed."""
+"""The studies on tiny models: each figure beside a direct computation, each script as typed."""
 import csv
 import dataclasses
 import json
@@ -47,6 +47,16 @@ def lively(model, m=4):
             if "lora_B" in name or "head" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return stop
+
+
+def column(rows, key):
+    """One value of each row, a dict."""
+    return [row[key] for row in rows]
+
+
+def labels_of(examples):
+    """The labels of train.Examples."""
+    return [example.label for example in examples]
 
 
 def write_lines(file, records):
@@ -109,8 +119,7 @@ class Outcome:
 def run(monkeypatch, capsys):
     """A function that runs a study as if typed, and gives its Outcome."""
     def run_study(study, *argv):
-        words = [str(word) for word in argv]
-        typed = [study.__name__, *words, "--device", "cpu", "--dtype", "float32"]
+        typed = [study.__name__, *map(str, argv), "--device", "cpu", "--dtype", "float32"]
         monkeypatch.setattr("sys.argv", typed)
         status = 0
         try:
@@ -133,6 +142,11 @@ def check_refusal(outcome, message):
 # The judge
 
 
+def memory_of(model):
+    """Where its parameters lie."""
+    return {parameter.data_ptr() for parameter in model.parameters()}
+
+
 def test_the_judge_starts_as_the_model():
     """Hidden states of the model, a head that gives one half, every weight trained, the model's own
     untouched."""
@@ -145,9 +159,7 @@ def test_the_judge_starts_as_the_model():
     assert all(parameter.requires_grad for parameter in copy.parameters())
     assert not any(parameter.requires_grad for parameter in base.parameters())
     assert not hasattr(copy, "lm_head")
-    memory_of_base = {parameter.data_ptr() for parameter in base.parameters()}
-    memory_of_copy = {parameter.data_ptr() for parameter in copy.parameters()}
-    assert memory_of_base.isdisjoint(memory_of_copy)
+    assert memory_of(base).isdisjoint(memory_of(copy))
 
 
 def test_the_judges_head_follows_the_seed():
@@ -181,8 +193,8 @@ def test_the_judge_reads_the_last_token():
 
 
 def test_accumulation_changes_nothing(monkeypatch):
-    """Passes of 2, two a step, are passes of 4: the same weights after the same steps, a ragged last
-    one included."""
+    """Passes of 2, two a step, are passes of 4: the same weights after the same steps, a ragged
+    last one included."""
     base = random_model("qwen2")
     examples = []
     for i in range(12):
@@ -213,8 +225,8 @@ def judge_flags(folder):
 
 
 def test_the_judge_is_a_checkpoint(folder, judge_flags, tmp_path, run):
-    """What is written loads as a reward model and scores as it validated; the best epoch is kept; it
-    learns: the training loss falls."""
+    """What is written loads as a reward model and scores as it validated; the best epoch is kept;
+    it learns: the training loss falls."""
     outcome = run(judge, *judge_flags, "--out", tmp_path / "a")
     assert outcome.status == 0, outcome.err
     tokenizer = Tokenizer(tmp_path / "a")
@@ -242,7 +254,7 @@ def test_the_judge_is_a_checkpoint(folder, judge_flags, tmp_path, run):
             epochs.append(dict(pair.split(" ") for pair in pairs))
     assert len(epochs) == 4
     assert float(epochs[-1]["train_loss"]) < float(epochs[0]["train_loss"])
-    losses = [float(row["validation_loss"]) for row in epochs]
+    losses = list(map(float, column(epochs, "validation_loss")))
     assert min(losses) == losses[about["epoch"] - 1]
     assert min(losses) == pytest.approx(loss, rel=1e-3)
 
@@ -439,7 +451,7 @@ def test_the_page(folder, tmp_path, run):
     assert outcome.status == 0, outcome.err
     text = (tmp_path / "attention.html").read_text()
     found = Page(text)
-    scores = [float(score) for score in re.findall(r"score ([\d.]+),", found.text)]
+    scores = list(map(float, re.findall(r"score ([\d.]+),", found.text)))
     assert len(scores) == 8
     assert scores[0] >= scores[2] >= scores[3] >= scores[1]
     assert "<p0>" in found.text
@@ -462,14 +474,13 @@ def test_labels_of_fewer_rollouts(tmp_path):
     record = {"prefix_token_ids": [1], "soft_label": 3 / 8, "successes": 3, "rollouts": 8}
     write_lines(file, [record] * 4000)
     examples = [Example([1], 3 / 8, "p", None)] * 4000
-    drawn = [example.label for example in ablations.relabel(examples, file, 4, 0)]
+    drawn = labels_of(ablations.relabel(examples, file, 4, 0))
     for right in range(5):
         share = math.comb(3, right) * math.comb(5, 4 - right) / math.comb(8, 4)
         error = 4.5 * math.sqrt(share * (1 - share) / 4000)  # false alarm: 1 in 10^5
         assert abs(drawn.count(right / 4) / 4000 - share) <= error, right
     assert ablations.relabel(examples, file, 8, 0) == examples
-    other = [example.label for example in ablations.relabel(examples, file, 4, 1)]
-    assert other != drawn
+    assert labels_of(ablations.relabel(examples, file, 4, 1)) != drawn
 
 
 def test_labels_that_have_no_fewer_rollouts(tmp_path):
@@ -501,7 +512,7 @@ def test_a_probe_finds_the_best_line():
 
     def loss(model, part):
         numbers = [example.ids[0] for example in part]
-        labels = torch.tensor([example.label for example in part])
+        labels = torch.tensor(labels_of(part))
         return F.binary_cross_entropy_with_logits(model(states[numbers])[:, 0], labels)
 
     best = torch.nn.Linear(5, 1)
@@ -784,7 +795,7 @@ def test_figure_5_ends():
     scores = random_scores(4, 12, 2)
     points = scaling.against_retention(asked, records, scores, 5)
     points = {point["kept"]: point for point in points}
-    right = torch.tensor([record["right"] for record in records]).double()
+    right = torch.tensor(column(records, "right")).double()
     assert list(points) == [1, 3, 6, 12]
     assert points[12]["saved"] == 0
     assert points[3]["retention"] == 0.25
@@ -810,10 +821,10 @@ def test_the_curves(scaling_flags, tmp_path, monkeypatch, run):
     assert outcome.status == 0, outcome.err
     figure4 = list(csv.DictReader((out / "figure4.csv").open()))
     figure5 = list(csv.DictReader((out / "figure5.csv").open()))
-    scorers = {row["scorer"] for row in figure4}
-    assert scorers == {"no pruning", "Jaccard (I)", JUDGE, *CONFIDENCES, STOP}
-    assert {row["paths"] for row in figure4} == {"2", "4", "6"}
-    assert {row["prefix"] for row in figure5} == {"2", "4", "6", "8"}
+    scorers = {"no pruning", "Jaccard (I)", JUDGE, *CONFIDENCES, STOP}
+    assert set(column(figure4, "scorer")) == scorers
+    assert set(column(figure4, "paths")) == {"2", "4", "6"}
+    assert set(column(figure5, "prefix")) == {"2", "4", "6", "8"}
     tokens = {}
     for row in figure4:
         if row["paths"] == "6":
@@ -898,13 +909,14 @@ def test_the_fit_is_the_least_squares_of_the_logs():
 def test_the_standard_errors_are_those_of_repeated_fits():
     """400 draws know a spread to 3.5%, and the mean squared error to 1.5%."""
     fits = [guideline.fit(cells_of(300.0, 0.5, 0.4, 2.0, 0.3, seed)) for seed in range(400)]
+    errors = torch.tensor(column(fits, "errors"), dtype=torch.float64)  # (fits, 4)
     for i, key in enumerate("abcd"):
-        values = [one[key] for one in fits]
+        values = column(fits, key)
         if key == "a":
             values = [math.log(value) for value in values]
-        squared = [one["errors"][i] ** 2 for one in fits]
         expected = statistics.stdev(values)
-        assert math.sqrt(sum(squared) / 400) == pytest.approx(expected, rel=0.16), key
+        mean_error = errors[:, i].square().mean().sqrt().item()
+        assert mean_error == pytest.approx(expected, rel=0.16), key
 
 
 def test_cells_that_determine_no_law():
@@ -992,7 +1004,7 @@ def test_the_recommendation(guideline_flags, tmp_path, run):
     cells = list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))
     assert outcome.last["gamma_paper"] == pytest.approx(1 / 1.87, rel=0.01)
     assert outcome.last["cells"] == len(cells)
-    assert any(line.startswith("| paper") for line in outcome.out)
+    assert "\n| paper" in "\n".join(outcome.out)
 
 
 @pytest.mark.parametrize("flag, value, message", (
