@@ -259,7 +259,11 @@ def flags_of(settings):
     """A dict of settings as words of a command line."""
     words = []
     for key, value in settings.items():
-        words += ["--" + key.replace("_", "-"), str(value)]
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
     return words
 
 

@@ -1,301 +1,142 @@
-"""Supervision and fit, on the embedded toy in small: labels, what is trained, kills and restarts, bad input."""
+"""Supervision and fit, on the embedded toy in small: labels, what is trained, kills and restarts,
+one process and two, bad input."""
+import dataclasses
 import json
 import math
+import os
+import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import ROOT, close
+from helpers import (
+    ROOT, Fuse, Killed, close, flags_of, read_lines, run_script, start_script, write_lines)
+from huggingface_hub.utils import tqdm
+from safetensors.torch import load_file
 
-import eval
 import sample
-import task
 import train
 from model import load
-from sample import Tokenizer, generate
+from plumbing import memory, processes
+from plumbing.answers import extract_answer, same_answer
+from plumbing.labels import LABEL_KEYS
+from plumbing.plan import Plan
+from plumbing.problems import Problem, read_problems
+from plumbing.records import Job, locked
+from plumbing.tokenizer import Tokenizer
+from sample import Path, generate, prefill
 from stop import Stop
-from task import extract_answer, read_problems, same_answer
+from train import Example, Prefixes
 
-SMALL = {"model": str(ROOT / "toy"), "problems": 8, "paths": 8, "low": 1, "high": 7, "prefix": 40, "prefixes": 2,
-         "rollouts": 4, "max_new_tokens": 200, "batch": 8, "rank": 2, "epochs": 3, "batch_size": 4, "accumulation": 2,
-         "lr": 1e-3, "validation": 0.3, "n": 2, "keep": 1, "device": "cpu", "dtype": "float32"}
+TOY = ROOT / "toy"
+SMALL = {  # with values for all that is in the toy's recipe
+    "model": str(TOY), "problems": 8, "paths": 8, "low": 1, "high": 7, "prefix": "40",
+    "prefixes": 2, "rollouts": 4, "max_new_tokens": 200, "batch": 8, "rank": 2, "epochs": 3,
+    "batch_size": 4, "accumulation": 2, "lr": 1e-3, "warmup": 0, "cosine": False, "clip": 0.0,
+    "validation": 0.3, "n": 2, "keep": 1, "device": "cpu", "dtype": "float32"}
+PLAN = Plan(
+    problems=1, paths=1, prefixes=1, rollouts=1, tests=0, n=1, path_length=1, rollout_length=1,
+    rate=1.0, fit_seconds=1.0)
+
+
+def small(**changes):
+    """Settings of a small run on the toy."""
+    return train.Settings(**SMALL | changes)
+
+
+def skip_measuring(monkeypatch):
+    """The plan takes no time to measure rates: they are not what is tested here."""
+    monkeypatch.setattr(train, "decoding_rate", lambda *_: 1000.0)
+    monkeypatch.setattr(train, "fit_seconds", lambda *_: 1.0)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    skip_measuring(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Two held-out problems: the evaluation at the end is not what is tested here."""
     file = tmp_path_factory.mktemp("few") / "test.jsonl"
-    file.write_text("".join((ROOT / "toy" / "test.jsonl").read_text().splitlines(True)[:2]))
+    write_lines(file, read_lines(TOY / "test.jsonl")[:2])
     return str(file)
 
 
 @pytest.fixture(scope="module")
 def run(few, tmp_path_factory):
-    """(settings, folder) of one uninterrupted run."""
+    """The folder of one uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    settings = train.Settings(**SMALL, test=few, out=str(out))
-    train.main(settings)
-    return settings, out
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        skip_measuring(monkeypatch)
+        train.main(small(test=few, out=str(out)))
+    return out
+
+
+class Toy:
+    """The toy's Decoder and Tokenizer."""
+
+    def __init__(self):
+        self.model = load(TOY)
+        self.tokenizer = Tokenizer(TOY)
 
 
 @pytest.fixture(scope="module")
 def toy():
-    return load(ROOT / "toy"), Tokenizer(ROOT / "toy")
+    return Toy()
 
 
-def records_of(out):
-    return [json.loads(line) for line in (out / "labels.jsonl").read_text().splitlines()]
+# ------------------------------------------------------------------------------------- supervision
 
 
-# --------------------------------------------------------------------------------------------------------- supervision
+def is_right(toy, problem, ids):
+    return same_answer(extract_answer(toy.tokenizer.decode(ids)), problem.answer)
 
 
 def test_labels_are_the_share_of_right_rollouts(run, toy):
-    """Counted again, prefix by prefix, from fresh continuations; problems outside low..high are gone, prefixes are cut."""
-    settings, out = run
-    model, tokenizer = toy
-    problems = {problem.id: problem for problem in read_problems(ROOT / "toy" / "train.jsonl")[:8]}
-    paths = {name: generate(model, [tokenizer.ask(problem)], 8, 200)[0] for name, problem in problems.items()}
-
-    def is_right(problem, ids):
-        return same_answer(extract_answer(tokenizer.decode(ids)), problem.answer)
-
-    kept = [name for name, group in paths.items() if 1 <= sum(is_right(problems[name], p.ids) for p in group) <= 7]
-    records = records_of(out)
-    assert [(r["id"], r["path"]) for r in records] == [(name, path) for name in kept for path in range(2)] and kept
+    """Counted again, prefix by prefix, from fresh continuations; problems outside low..high are
+    gone, prefixes are cut."""
+    problems = {problem.id: problem for problem in read_problems(TOY / "train.jsonl")[:8]}
+    paths = {}
+    kept = []
+    for name, problem in problems.items():
+        (paths[name],) = generate(toy.model, [toy.tokenizer.ask(problem)], 8, 200)
+        right = sum(is_right(toy, problem, path.ids) for path in paths[name])
+        if 1 <= right <= 7:
+            kept.append(name)
+    assert kept
+    records = read_lines(run / "labels.jsonl")
+    expected = [(name, number) for name in kept for number in range(2)]
+    assert [(record["id"], record["path"]) for record in records] == expected
     for record in records:
-        path, problem = paths[record["id"]][record["path"]], problems[record["id"]]
-        assert record["prefix_token_ids"] == path.prompt_ids + path.ids[:40]
-        ends = generate(model, [record["prefix_token_ids"]], 4, 160)[0]
-        right = sum(is_right(problem, path.ids[:40] + end.ids) for end in ends)
-        assert (record["successes"], record["rollouts"], record["soft_label"]) == (right, 4, right / 4)
+        problem = problems[record["id"]]
+        path = paths[record["id"]][record["path"]]
+        prefix = path.ids[:40]
+        assert record["prefix_token_ids"] == path.prompt_ids + prefix
+        (ends,) = generate(toy.model, [path.prompt_ids + prefix], 4, 160)
+        right = sum(is_right(toy, problem, prefix + end.ids) for end in ends)
+        assert record["successes"] == right
+        assert record["rollouts"] == 4
+        assert record["soft_label"] == right / 4
 
 
 def test_a_path_that_ends_early_is_its_own_label(toy, tmp_path):
-    """With the checkpoint behind most ends, the prefix is the whole path and nothing is rolled out."""
-    model, tokenizer = toy
-    problems = read_problems(ROOT / "toy" / "train.jsonl")[:3]
-    settings = train.Settings(**SMALL | {"prefix": 199, "low": 0, "high": 8})
-    train.make_labels(model, tokenizer, problems, settings, tmp_path)
-    ended = [r for r in records_of(tmp_path) if r["prefix_token_ids"][-1] in model.config.eos_ids]
-    assert len(ended) >= 4 and {r["soft_label"] for r in ended} <= {0.0, 1.0}
-    texts = [(r, next(p for p in problems if p.id == r["id"])) for r in ended]
-    for record, problem in texts:
-        right = same_answer(extract_answer(tokenizer.decode(record["prefix_token_ids"])), problem.answer)
+    """With the checkpoint behind most ends, the prefix is the whole path and nothing is rolled
+    out."""
+    problems = read_problems(TOY / "train.jsonl")[:3]
+    settings = small(prefix="199", low=0, high=8)
+    train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    by_id = {problem.id: problem for problem in problems}
+    ended = []
+    for record in read_lines(tmp_path / "labels.jsonl"):
+        if record["prefix_token_ids"][-1] in toy.model.config.eos_ids:
+            ended.append(record)
+    assert len(ended) >= 4
+    for record in ended:
+        right = is_right(toy, by_id[record["id"]], record["prefix_token_ids"])
         assert record["soft_label"] == float(right)
-
-
-# ----------------------------------------------------------------------------------------------------------------- fit
-
-
-def examples_of(out, model):
-    return train.read_labels(out / "labels.jsonl", model, 4)
-
-
-def test_only_the_module_is_trained(run, toy, tmp_path):
-    """Invariant 7: base weights bit-equal and without gradient, the prefix pass builds no graph, every part of STOP moves."""
-    settings, out = run
-    model, _ = toy
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    stop = train.fit(model, examples_of(out, model), settings, tmp_path)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
-    fresh = Stop(model, rank=2, seed=settings.seed).state_dict()
-    moved = {key for key, value in stop.state_dict().items() if not torch.equal(value, fresh[key])}
-    assert {"tokens", "head.weight", "head.bias"} < moved and any("lora_B" in key for key in moved)
-    cache, _ = train.Prefixes(model, examples_of(out, model), settings)[0]
-    assert not any(buffer.requires_grad for buffer in cache.keys + cache.values)
-
-
-def test_a_step_is_the_mean_over_all_its_prefixes(run, toy, tmp_path):
-    """Batches of 4 two at a time are batches of 8: same first loss and gradients, also where the last one is ragged."""
-    settings, out = run
-    model, _ = toy
-    examples = sorted(examples_of(out, model), key=lambda example: len(example[0]))[:7]
-    seen = []
-    for size, accumulation in ((4, 2), (7, 1)):
-        own = train.Settings(**SMALL | {"batch_size": size, "accumulation": accumulation, "epochs": 1})
-        stop = Stop(model, rank=2)
-        torch.nn.init.normal_(stop.head.weight, generator=torch.Generator().manual_seed(1))
-        optimizer = torch.optim.SGD(stop.parameters(), lr=1.0)
-        before = {key: value.clone() for key, value in stop.state_dict().items()}
-        row = train.train_epoch(model, stop, optimizer, train.Prefixes(model, examples, own), own, 0, eval.tqdm(disable=True))
-        seen.append((row["train_loss"], {key: before[key] - value for key, value in stop.state_dict().items()}))
-    stop.load_state_dict(before)
-    logits = torch.stack([train.prefill(model, [ids], 4)[0] and stop(model, train.prefill(model, [ids], 4)[0])[0]
-                          for ids, _, _ in examples])
-    expected = stop.loss(logits, torch.tensor([label for _, label, _ in examples])).item()
-    assert seen[0][0] == pytest.approx(expected, rel=1e-5) and seen[1][0] == pytest.approx(expected, rel=1e-5)
-    for key, gradient in seen[0][1].items():
-        close(gradient, seen[1][1][key], 1e-4)
-
-
-def test_the_best_epoch_is_saved(run, toy):
-    """What out/stop holds scores the validation loss that its metrics name, and no epoch had a lower one."""
-    settings, out = run
-    model, _ = toy
-    stop = Stop.load(out / "stop", model)
-    held = train.Prefixes(model, train.split(examples_of(out, model), settings.validation, settings.seed)[1], settings)
-    metrics = stop.trained["metrics"]
-    assert train.validate(model, stop, held)["validation_loss"] == pytest.approx(metrics["validation_loss"], rel=1e-5)
-    assert torch.load(out / "fit.pt", weights_only=True)["best"] == metrics["validation_loss"]
-
-
-def test_validation_problems_are_held_out(run, toy):
-    examples = examples_of(run[1], toy[0])
-    parts = train.split(examples, 0.3, 0)
-    assert not {e[2] for e in parts[0]} & {e[2] for e in parts[1]} and sum(map(len, parts)) == len(examples)
-
-
-@pytest.mark.parametrize("key", train.LABEL_KEYS)
-def test_the_authors_records_and_recipe(run, toy, tmp_path, key):
-    """Records with only ids and a label under any of their names train, by the released recipe, the same way twice."""
-    model, _ = toy
-    file = tmp_path / "labels.jsonl"
-    file.write_text("".join(json.dumps({"prefix_token_ids": r["prefix_token_ids"], key: r["soft_label"]}) + "\n"
-                            for r in records_of(run[1])))
-    settings = train.Settings(**SMALL | {"shared": True, "head": "softmax", "targets": "q_proj,v_proj", "dropout": 0.05,
-                                         "epochs": 1})
-    stops = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        stops.append(train.fit(model, train.read_labels(file, model, 4), settings, tmp_path / name).state_dict())
-    assert stops[0]["tokens"].shape == (1, 96) and stops[0]["head.bias"].shape == (2,)
-    assert {k.split(".")[-3] for k in stops[0] if "lora_A" in k} == {"q_proj", "v_proj"}
-    assert all(torch.equal(stops[0][k], stops[1][k]) for k in stops[0])
-
-
-def test_rates():
-    """Warm-up rises in a line, cosine ends near zero, constant stays."""
-    settings = train.Settings(**SMALL | {"warmup": 4, "cosine": True, "lr": 1.0})
-    rates = [train.learning_rate(step, 100, settings) for step in range(100)]
-    assert rates[0] == 0.25 and rates[1] == pytest.approx(0.5, rel=1e-3) and rates[99] < 1e-3
-    assert train.learning_rate(99, 100, train.Settings(**SMALL | {"lr": 1.0})) == 1.0
-
-
-# ------------------------------------------------------------------------------------------------------ killed at will
-
-
-class Killed(BaseException):
-    """What no handler of the program catches: the run is over where it stands."""
-
-
-def interrupted(settings, monkeypatch, after):
-    """Run until `after` decode steps, optimiser steps, file writes and renames; True if it came to its end first."""
-    count = 0
-
-    def counted(function):
-        def step(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count > after:
-                raise Killed
-            return function(*args, **kwargs)
-        return step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sample.Batch, "settle", counted(sample.Batch.settle))
-        patch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step))
-        patch.setattr(task.os, "fsync", counted(task.os.fsync))
-        patch.setattr(task.os, "replace", counted(task.os.replace))
-        patch.setattr(json, "dumps", counted(json.dumps))
-        try:
-            train.main(settings)
-            return True
-        except Killed:
-            return False
-
-
-def assert_same_run(out, whole):
-    assert (out / "labels.jsonl").read_bytes() == (whole / "labels.jsonl").read_bytes()
-    assert (out / "stop" / "stop.safetensors").read_bytes() == (whole / "stop" / "stop.safetensors").read_bytes()
-
-
-def test_killed_and_started_again(run, few, tmp_path, monkeypatch):
-    """Invariant 8: over 20 random kills in both stages, half of them inside a line, then the same labels and weights."""
-    rng, out, kills = random.Random(0), tmp_path / "killed", []
-    settings = train.Settings(**SMALL, test=few, out=str(out))
-    while len(kills) < 60:
-        fitting = (out / "labels.jsonl").is_file() and len(records_of_whole(out)) == len(records_of(run[1]))
-        if interrupted(settings, monkeypatch, rng.randrange(1, 34 if fitting or len(kills) % 2 else 500)):
-            break
-        kills.append("fit" if fitting else "supervision")
-        if rng.random() < 0.5:
-            for file in out.glob("*.jsonl"):  # killed in the middle of a line
-                with open(file, "a") as opened:
-                    opened.write('{"id": "toy-tra')
-    else:
-        train.main(settings)
-    assert len(kills) >= 20 and kills.count("supervision") >= 5 and kills.count("fit") >= 3, kills
-    assert_same_run(out, run[1])
-
-
-def records_of_whole(out):
-    return [line for line in (out / "labels.jsonl").read_text().splitlines() if line.endswith("}")]
-
-
-def test_killed_by_the_system(run, few, tmp_path):
-    """Three real kills at random moments, then the README's way of going on: the same command again."""
-    rng, out = random.Random(1), tmp_path / "killed"
-    command = [sys.executable, "-c", "import torch; torch.set_num_threads(1); import sample, train; "
-               "sample.command_line(train.Settings, train.main)"]
-    for key, value in (SMALL | {"test": few, "out": str(out)}).items():
-        command += ["--" + key.replace("_", "-"), str(value)]
-    for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(2.5, 6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert_same_run(out, run[1])
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize("lines, message", (
-    (['{"prefix_token_ids": [5], "soft_label": 1.5}'], ":1: soft_label: found 1.5"),
-    (['{"prefix_token_ids": [5], "soft_label": 0.5}', '{"prefix_token_ids": [5], "sof'], ":2: not JSON"),
-    (['{"prefix_token_ids": [5], "soft_label": null}'], ":1: soft_label: found None"),
-    (['{"prefix_token_ids": "5", "soft_label": 0.5}'], ":1: prefix_token_ids"),
-    (['{"prefix_token_ids": [99999], "soft_label": 0.5}'], ":1: .*99999.*vocabulary"),
-    (['{"soft_label": 0.5}'], ":1: prefix_token_ids"), ([], "found no record"), (["[1]"], ":1: found list")))
-def test_bad_labels(toy, tmp_path, lines, message):
-    file = tmp_path / "labels.jsonl"
-    file.write_text("".join(line + "\n" for line in lines))
-    with pytest.raises(ValueError, match=message):
-        train.read_labels(file, toy[0], 4)
-
-
-def test_bad_runs(run, toy, tmp_path, few):
-    """Other settings in the same folder, a held-out problem in the data, a problem without answer, one problem only."""
-    settings, out = run
-    with pytest.raises(ValueError, match="lr: found 0.001, expected 0.5"):
-        train.main(train.Settings(**SMALL | {"lr": 0.5}, test=few, out=str(out)))
-    with pytest.raises(ValueError, match="toy-test-0001.*held-out"):
-        train.main(train.Settings(**SMALL, data=few, test=few, out=str(tmp_path / "a")))
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"problem": "What?"}\n')
-    with pytest.raises(ValueError, match="data.jsonl:1: answer"):
-        train.main(train.Settings(**SMALL, data=str(data), out=str(tmp_path / "b")))
-    with pytest.raises(ValueError, match="1 problem, expected several"):
-        train.split([([1], 0.5, "a")] * 4, 0.1, 0)
-    with pytest.raises(ValueError, match="prefix: found 200"):
-        train.make_labels(*toy, read_problems(ROOT / "toy" / "train.jsonl")[:1],
-                          train.Settings(**SMALL | {"prefix": 200, "low": 0, "high": 8}), tmp_path)
-
-
-def test_a_recipe_with_an_unknown_key(tmp_path):
-    (tmp_path / "recipe.json").write_text('{"learning_rate": 1}')
-    with pytest.raises(ValueError, match="recipe.json: learning_rate"):
-        train.recipe({"model": str(tmp_path)})
-
-
-# --------------------------------------------------------------------------------------------- what small numbers hide
 
 
 class Counted:
@@ -305,225 +146,805 @@ class Counted:
         return " ".join(map(str, ids))
 
 
+def stored_paths(counts, paths):
+    """A function in place of sample_paths: a record of 32 paths for each count of right ones."""
+    records = []
+    for count in counts:
+        right = [number < count for number in range(32)]
+        records.append({"id": str(count), "prompt_ids": [5, 6], "right": right, "paths": paths})
+    return lambda *_: records
+
+
+def continue_by_number(asked):
+    """A function in place of sample_all: continuation i is the token i; `asked` notes the calls."""
+    def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, batch=None,
+                   bar=None):
+        asked.append((prompts, n, limit, sampling.temperature, sampling.seed))
+        for number, prompt in reversed(list(enumerate(prompts))):  # finished in any order
+            on_complete(number, [Path(prompt, i, [i]) for i in range(n)])
+
+    return sample_all
+
+
+def answer_if_listed(texts):
+    """A function in place of extract_answer: right is what ends with one of these texts."""
+    return lambda text, kind: "1" if text in texts else "0"
+
+
 def test_labels_by_hand(toy, tmp_path, monkeypatch):
-    """Who stays (low and high included), what is continued and how far, and what is graded: prefix and continuation as one
-    text. Off by one at either bound, a prefix graded alone, a continuation beyond the limit: each gives another record."""
-    problems = [task.Problem(str(right), "?", "1") for right in (3, 4, 28, 29)]
-    stored = [{"id": p.id, "prompt_ids": [5, 6], "right": [i < int(p.id) for i in range(32)],
-               "paths": [[7, 8]] + [[9, i, 9, 9] for i in range(1, 32)]} for p in problems]
+    """Who stays (low and high included), what is continued and how far, and what is graded: prefix
+    and continuation as one text. Off by one at either bound, a prefix graded alone, a continuation
+    beyond the limit: each gives another record."""
+    problems = [Problem(str(count), "?", "1") for count in (3, 4, 28, 29)]
+    paths = [[7, 8]] + [[9, i, 9, 9] for i in range(1, 32)]
     asked = []
+    monkeypatch.setattr(train, "sample_paths", stored_paths((3, 4, 28, 29), paths))
+    monkeypatch.setattr(train, "sample_all", continue_by_number(asked))
+    monkeypatch.setattr(train, "extract_answer", answer_if_listed(("9 1 0", "9 1 2", "9 2 3")))
+    settings = train.Settings(
+        prefix="2", prefixes=3, rollouts=4, batch=12, max_new_tokens=10, temperature=0.7, seed=3)
+    records = train.make_labels(toy.model, Counted(), problems, settings, tmp_path, PLAN)
+    expected = []
+    for name in ("4", "28"):
+        for number, ids, successes in ((0, [7, 8], 4), (1, [9, 1], 2), (2, [9, 2], 1)):
+            expected.append({
+                "id": name, "path": number, "checkpoint": 2, "prefix_token_ids": [5, 6] + ids,
+                "soft_label": successes / 4, "successes": successes, "rollouts": 4})
+    assert records == expected
+    prompts = [[5, 6, 9, 1], [5, 6, 9, 2]]
+    assert asked == [(prompts * 2, 4, 8, 0.7, 3)]
 
-    def continued(model, prompts, n, limit, *rest, **more):
-        asked.append((prompts, n, limit, *rest))
-        return [[sample.Path(prompt, i, [i]) for i in range(n)] for prompt in prompts]
 
-    monkeypatch.setattr(eval, "sample_paths", lambda *_: stored)
-    monkeypatch.setattr(train, "generate", continued)
-    monkeypatch.setattr(train, "extract_answer", lambda text, kind: "1" if text in ("9 1 0", "9 1 2", "9 2 3") else "0")
-    settings = train.Settings(prefix=2, prefixes=3, rollouts=4, batch=12, max_new_tokens=10, temperature=0.7, seed=3)
-    train.make_labels(toy[0], Counted(), problems, settings, tmp_path)
-    found = [(r["id"], r["path"], r["prefix_token_ids"], r["soft_label"], r["successes"], r["rollouts"]) for r in records_of(tmp_path)]
-    assert found == [(name, path, ids, share, int(4 * share), 4) for name in ("4", "28")
-                     for path, ids, share in ((0, [5, 6, 7, 8], 1.0), (1, [5, 6, 9, 1], 0.5), (2, [5, 6, 9, 2], 0.25))]
-    assert asked == [([[5, 6, 9, 1], [5, 6, 9, 2]], 4, 8, 0.7, 40, 0.95, 3)] * 2
+def test_labels_at_several_checkpoints_by_hand(toy, tmp_path, monkeypatch):
+    """Each path is cut at every checkpoint, one that has ended by then once; what is continued has
+    the room that the limit leaves behind its own checkpoint."""
+    paths = [[7, 8, 7]] + [[9, i, 9, 9, 9] for i in range(1, 32)]
+    asked = []
+    monkeypatch.setattr(train, "sample_paths", stored_paths((4,), paths))
+    monkeypatch.setattr(train, "sample_all", continue_by_number(asked))
+    monkeypatch.setattr(
+        train, "extract_answer", answer_if_listed(("7 8 1", "9 1 0", "9 1 9 9 1", "9 1 9 9 0")))
+    settings = train.Settings(
+        prefix="4,2", prefixes=2, rollouts=2, max_new_tokens=10, temperature=0.7, seed=3)
+    records = train.make_labels(
+        toy.model, Counted(), [Problem("4", "?", "1")], settings, tmp_path, PLAN)
+    found = []
+    for record in records:
+        prefix = record["prefix_token_ids"][2:]
+        found.append((record["path"], record["checkpoint"], prefix, record["successes"]))
+    assert found == [
+        (0, 2, [7, 8], 1), (0, 4, [7, 8, 7], 2), (1, 2, [9, 1], 1), (1, 4, [9, 1, 9, 9], 2)]
+    assert asked == [
+        ([[5, 6, 7, 8], [5, 6, 9, 1]], 2, 8, 0.7, 3), ([[5, 6, 9, 1, 9, 9]], 2, 6, 0.7, 3)]
 
 
 @pytest.mark.parametrize("prefixes", (4, 3))
-def test_finished_labels_are_read_not_made(toy, tmp_path, monkeypatch, prefixes):
-    """A run that has all its labels rolls nothing out when it is started again, whether or not the groups of two are even."""
-    stored = [{"id": "a", "prompt_ids": [5, 6], "right": [True, False] * 2, "paths": [[9, i, 9, 9] for i in range(4)]}]
-    monkeypatch.setattr(eval, "sample_paths", lambda *_: stored)
-    problems = [task.Problem("a", "?", "1")]
-    settings = train.Settings(prefix=2, paths=4, prefixes=prefixes, rollouts=2, batch=4, max_new_tokens=10, low=1, high=3)
-    train.make_labels(*toy, problems, settings, tmp_path)
+def test_finished_labels_are_read_and_not_made(toy, tmp_path, monkeypatch, prefixes):
+    """A run that has all its labels rolls nothing out when it is started again."""
+    paths = [[9, i, 9, 9] for i in range(32)]
+    monkeypatch.setattr(train, "sample_paths", stored_paths((8,), paths))
+    settings = train.Settings(
+        prefix="2", prefixes=prefixes, rollouts=2, batch=4, max_new_tokens=10)
+    problems = [Problem("8", "?", "1")]
+    records = train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
     content = (tmp_path / "labels.jsonl").read_bytes()
-    monkeypatch.setattr(train, "generate", None)
-    train.make_labels(*toy, problems, settings, tmp_path)
-    assert (tmp_path / "labels.jsonl").read_bytes() == content and len(records_of(tmp_path)) == prefixes
+    monkeypatch.setattr(sample, "Batch", None)
+    again = train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    assert again == records
+    assert len(records) == prefixes
+    assert (tmp_path / "labels.jsonl").read_bytes() == content
+
+
+# --------------------------------------------------------------------------------------------- fit
+
+
+def examples_of(run):
+    """The examples that a run made."""
+    examples = []
+    for record in read_lines(run / "labels.jsonl"):
+        examples.append(Example(
+            record["prefix_token_ids"], record["soft_label"], record["id"], record["checkpoint"]))
+    return examples
 
 
 def random_examples(count=11, problems=4):
     """Examples of unlike lengths; labels that no constant fits."""
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randint(5, 60, (3 + 2 * i,), generator=generator).tolist(), i % 5 / 4, f"p{i % problems}") for i in range(count)]
+    examples = []
+    for i in range(count):
+        ids = torch.randint(5, 60, (3 + 2 * i,), generator=generator).tolist()
+        examples.append(Example(ids, i % 5 / 4, f"p{i % problems}", None))
+    return examples
+
+
+def random_module(model, size=0.1, **settings):
+    """A Stop that is not fresh."""
+    stop = Stop(model, 4, 2, **settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in stop.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return stop
+
+
+def prefixes_of(model, examples, batch_size=4, cache_bytes=0):
+    return Prefixes(model, examples, batch_size, 4, cache_bytes)
+
+
+def epoch_of(model, stop, examples, settings, optimizer, epoch=0):
+    """The row of one epoch."""
+    prefixes = prefixes_of(model, examples, settings.batch_size)
+    return train.train_epoch(
+        model, stop, optimizer, prefixes, settings, epoch, tqdm(disable=True))
+
+
+def states(stop):
+    return {key: value.clone() for key, value in stop.state_dict().items()}
+
+
+def test_only_the_module_is_trained(run, toy, tmp_path):
+    """Base weights are bit-equal and without gradient; every part of STOP moves."""
+    before = states(toy.model)
+    stop = train.fit(toy.model, examples_of(run), small(), tmp_path, "run")
+    for name, value in toy.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for parameter in toy.model.parameters():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+    fresh = Stop(toy.model, rank=2, seed=0).state_dict()
+    moved = {key for key, value in stop.state_dict().items() if not torch.equal(value, fresh[key])}
+    assert {"tokens", "head.weight", "head.bias"} < moved
+    assert any("lora_B" in key for key in moved)
+
+
+def test_the_prefix_pass_builds_no_graph(toy):
+    for kept in (0, 2 ** 30):
+        cache, _ = prefixes_of(toy.model, random_examples(), cache_bytes=kept)[0]
+        for buffer in cache.keys + cache.values:
+            assert not buffer.requires_grad
+
+
+def test_a_step_is_the_mean_over_all_its_prefixes(run, toy):
+    """Batches of 4 two at a time are batches of 8: same first loss and gradients, also where the
+    last one is ragged."""
+    model = toy.model
+    examples = sorted(examples_of(run), key=lambda example: len(example.ids))[:7]
+    losses = []
+    gradients = []
+    for size, accumulation in ((4, 2), (7, 1)):
+        stop = Stop(model, rank=2)
+        torch.nn.init.normal_(stop.head.weight, generator=torch.Generator().manual_seed(1))
+        before = states(stop)
+        optimizer = torch.optim.SGD(stop.parameters(), lr=1.0)
+        settings = small(batch_size=size, accumulation=accumulation, epochs=1)
+        row = epoch_of(model, stop, examples, settings, optimizer)
+        losses.append(row["train_loss"])
+        gradients.append({key: before[key] - value for key, value in states(stop).items()})
+    stop.load_state_dict(before)
+    logits = []
+    for example in examples:
+        cache, _ = prefill(model, [example.ids], 4)
+        logits.append(stop(model, cache)[0])
+    labels = torch.tensor([example.label for example in examples])
+    expected = stop.loss(torch.stack(logits), labels).item()
+    assert losses == pytest.approx([expected, expected], rel=1e-5)
+    for key, gradient in gradients[0].items():
+        close(gradient, gradients[1][key], 1e-4)
 
 
 @pytest.mark.parametrize("head", ("sigmoid", "softmax"))
 @pytest.mark.parametrize("clip", (0.0, 1e-3))
 def test_a_step_by_autograd(toy, head, clip):
-    """One optimiser step over ragged batches moves every parameter by lr times the gradient of one mean over all rows, cut
-    to the norm asked for. A sum, a mean of means, a step whose loss is scaled, or clipping left out: another step."""
-    model, examples = toy[0], random_examples()
-    settings = train.Settings(**SMALL | {"batch_size": 4, "accumulation": 8, "epochs": 1, "clip": clip, "lr": 0.5, "head": head})
-    stop = Stop(model, 4, 2, head=head)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in stop.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    cache, _ = train.prefill(model, [ids for ids, _, _ in examples], 4)
-    loss = stop.loss(stop(model, cache), torch.tensor([label for _, label, _ in examples]))
-    gradients = dict(zip((name for name, _ in stop.named_parameters()), torch.autograd.grad(loss, list(stop.parameters()))))
-    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
-    before = {name: parameter.detach().clone() for name, parameter in stop.named_parameters()}
-    optimizer = torch.optim.SGD(stop.parameters(), lr=9.0)  # the rate of the schedule must replace this one
-    row = train.train_epoch(model, stop, optimizer, train.Prefixes(model, examples, settings), settings, 0, eval.tqdm(disable=True))
+    """One optimiser step over ragged batches moves every parameter by lr times the gradient of one
+    mean over all rows, cut to the norm asked for. A sum, a mean of means, a step whose loss is
+    scaled, or clipping left out: another step."""
+    examples = random_examples()
+    stop = random_module(toy.model, head=head)
+    cache, _ = prefill(toy.model, [example.ids for example in examples], 4)
+    labels = torch.tensor([example.label for example in examples])
+    loss = stop.loss(stop(toy.model, cache), labels)
+    names = [name for name, _ in stop.named_parameters()]
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(stop.parameters()))))
+
+    def norm_of(part):
+        squares = [g.square().sum().item() for name, g in gradients.items() if part in name]
+        return math.sqrt(sum(squares))
+
+    before = states(stop)
+    optimizer = torch.optim.SGD(stop.parameters(), lr=9.0)  # the schedule's rate replaces this one
+    settings = small(accumulation=8, epochs=1, clip=clip, lr=0.5, head=head)
+    row = epoch_of(toy.model, stop, examples, settings, optimizer)
     assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
     for part in ("tokens", "lora", "head"):
-        expected = math.sqrt(sum(g.square().sum().item() for name, g in gradients.items() if name.startswith(part)))
-        assert row[f"grad_{part}"] == pytest.approx(expected, rel=1e-3)
+        assert row[f"grad_{part}"] == pytest.approx(norm_of(part), rel=1e-3)
+    norm = norm_of("")
     scale = min(1.0, clip / norm) if clip else 1.0
-    for name, parameter in stop.named_parameters():
-        moved, expected = before[name] - parameter.detach(), 0.5 * scale * gradients[name]
-        assert (moved - expected).abs().max() <= 1e-3 * 0.5 * scale * norm, name
+    for name, value in states(stop).items():
+        difference = before[name] - value - 0.5 * scale * gradients[name]
+        assert difference.abs().max() <= 1e-3 * 0.5 * scale * norm, name
 
 
-def test_kept_caches_change_nothing(toy, tmp_path):
-    """With and without room to keep the prefixes' caches from epoch to epoch: bit-equal weights, and none kept in the latter."""
-    model, stops = toy[0], []
-    for gigabytes in (4.0, 0.0):
-        settings = train.Settings(**SMALL | {"cache_gb": gigabytes, "epochs": 2})
-        (tmp_path / str(gigabytes)).mkdir()
-        stops.append(train.fit(model, random_examples(), settings, tmp_path / str(gigabytes)).state_dict())
-        prefixes = train.Prefixes(model, random_examples(), settings)
-        prefixes[0]
-        assert bool(prefixes.caches) == (gigabytes > 0)
-    assert all(torch.equal(value, stops[1][key]) for key, value in stops[0].items())
+def test_the_best_epoch_is_saved(run, toy):
+    """What out/stop holds scores the validation loss that its metrics name."""
+    stop = Stop.load(run / "stop", toy.model)
+    _, held = train.split(examples_of(run), 0.3, 0)
+    found = train.validate(toy.model, stop, prefixes_of(toy.model, held))
+    known = stop.trained["metrics"]["validation_loss"]
+    assert found["validation_loss"] == pytest.approx(known, rel=1e-5)
 
 
-def test_dropout_acts_in_training_only(toy, tmp_path):
-    """Off in validation (it repeats), on in a step (it differs from a run without), other in the next epoch, and the seed's."""
-    model, examples = toy[0], random_examples()
-
-    def epoch(number, **changes):
-        settings = train.Settings(**SMALL | {"dropout": 0.5, "epochs": 9, "lr": 0.0} | changes)
-        stop = Stop(model, 4, 2, dropout=settings.dropout)
-        with torch.no_grad():
-            for parameter in stop.parameters():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        prefixes, optimizer = train.Prefixes(model, examples, settings), torch.optim.SGD(stop.parameters(), lr=0.0)
-        loss = train.train_epoch(model, stop, optimizer, prefixes, settings, number, eval.tqdm(disable=True))["train_loss"]
-        checks = [train.validate(model, stop, prefixes)["validation_loss"] for _ in range(2)]
-        assert checks[0] == checks[1]
-        return loss, checks[0]
-
-    seen = [epoch(0), epoch(0), epoch(1), epoch(0, seed=7), epoch(0, dropout=0.0)]
-    assert seen[0] == seen[1] and len({loss for loss, _ in seen}) == 4 and len({held for _, held in seen}) == 1
-    assert seen[4][0] == pytest.approx(seen[4][1], rel=1e-4) and abs(seen[0][0] - seen[0][1]) > 1e-4
-
-
-def test_validation_by_hand(toy):
-    """AUROC takes one half as positive, pairs stay within a problem, the loss is the mean over ragged batches."""
-    model, examples = toy[0], random_examples(9, 3)
-    stop = Stop(model, 4, 2)
-    torch.nn.init.normal_(stop.head.weight, generator=torch.Generator().manual_seed(1))
-    found = train.validate(model, stop, train.Prefixes(model, examples, train.Settings(**SMALL)))
-    scores = stop.score(model, [ids for ids, _, _ in examples]).tolist()
-    labels, groups = [label for _, label, _ in examples], [problem for _, _, problem in examples]
-    assert 0.5 in labels
-    loss = -sum(y * math.log(p) + (1 - y) * math.log(1 - p) for p, y in zip(scores, labels)) / 9
-    assert found["validation_loss"] == pytest.approx(loss, rel=1e-4)
-    above = [(a > b) for a, y in zip(scores, labels) if y >= 0.5 for b, z in zip(scores, labels) if z < 0.5]
-    assert found["auroc"] == pytest.approx(sum(above) / len(above))
-    within = [scores[i] > scores[j] for i in range(9) for j in range(9) if groups[i] == groups[j] and labels[i] > labels[j]]
-    assert found["pairwise"] == pytest.approx(sum(within) / len(within))
-    assert found["mean_score"] == pytest.approx(sum(scores) / 9, rel=1e-4)
-
-
-def test_the_split_is_by_the_seed_and_the_share():
-    """A third of nine problems, whole, other ones by another seed, the same ones again, however the records are ordered."""
-    examples = [([1], 0.5, f"p{i % 9}") for i in range(36)]
-
-    def held(seed, examples=examples, share=1 / 3):
-        return {problem for _, _, problem in train.split(examples, share, seed)[1]}
-
-    assert [len(held(seed)) for seed in range(6)] == [3] * 6 and len({frozenset(held(seed)) for seed in range(6)}) > 2
-    assert held(1) == held(1, examples[::-1]) and len(held(0, share=0.01)) == 1
-
-
-def test_the_best_epoch_not_the_last(toy, tmp_path, monkeypatch):
-    """Validation losses 3, 1, 2, 1: the second epoch is saved and returned, not the last, nor the later one that is equal."""
-    states, losses = [], iter((3.0, 1.0, 2.0, 1.0))
+def test_the_best_epoch_is_not_the_last(toy, tmp_path, monkeypatch):
+    """Validation losses 3, 1, 2, 1: the second epoch is saved and returned, not the last, nor the
+    later one that is equal."""
+    seen = []
+    losses = iter((3.0, 1.0, 2.0, 1.0))
 
     def validate(model, stop, prefixes):
-        states.append({key: value.clone() for key, value in stop.state_dict().items()})
+        seen.append(states(stop))
         return {"validation_loss": next(losses)}
 
     monkeypatch.setattr(train, "validate", validate)
-    stop = train.fit(toy[0], random_examples(), train.Settings(**SMALL | {"epochs": 4}), tmp_path)
-    assert stop.trained["epoch"] == 2 and stop.trained["settings"]["epochs"] == 4
-    assert all(torch.equal(value, states[1][key]) for key, value in stop.state_dict().items())
-    assert not torch.equal(states[3]["tokens"], states[1]["tokens"])
+    stop = train.fit(toy.model, random_examples(), small(epochs=4), tmp_path, "run")
+    assert stop.trained["epoch"] == 2
+    assert stop.trained["settings"]["epochs"] == 4
+    for key, value in stop.state_dict().items():
+        assert torch.equal(value, seen[1][key])
+    assert not torch.equal(seen[3]["tokens"], seen[1]["tokens"])
+
+
+def test_kept_caches_change_nothing(toy, tmp_path):
+    """With and without room to keep the prefixes' caches from epoch to epoch: bit-equal weights."""
+    found = []
+    for gigabytes in (4.0, 0.0):
+        out = tmp_path / str(gigabytes)
+        out.mkdir()
+        settings = small(cache_gb=gigabytes, epochs=2)
+        stop = train.fit(toy.model, random_examples(), settings, out, "run")
+        found.append(states(stop))
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key])
+
+
+def test_caches_are_kept_while_there_is_room(toy):
+    prefixes = prefixes_of(toy.model, random_examples(), cache_bytes=2 ** 30)
+    cache, _ = prefixes[0]
+    assert prefixes[0][0] is cache
+    room = cache.nbytes + prefixes[1][0].nbytes
+    prefixes = prefixes_of(toy.model, random_examples(), cache_bytes=room)
+    kept = [prefixes[i][0] for i in range(3)]
+    again = [prefixes[i][0] for i in range(3)]
+    assert [one is other for one, other in zip(kept, again)] == [True, True, False]
+
+
+class DropoutRun:
+    """One epoch with dropout, and two validations after it."""
+
+    def __init__(self, toy, epoch, seed=0, dropout=0.5):
+        settings = small(dropout=dropout, epochs=9, lr=0.0, seed=seed)
+        examples = random_examples()
+        stop = random_module(toy.model, dropout=dropout)
+        optimizer = torch.optim.SGD(stop.parameters(), lr=0.0)
+        row = epoch_of(toy.model, stop, examples, settings, optimizer, epoch)
+        self.loss = row["train_loss"]
+        prefixes = prefixes_of(toy.model, examples)
+        self.validation = train.validate(toy.model, stop, prefixes)["validation_loss"]
+        again = train.validate(toy.model, stop, prefixes)["validation_loss"]
+        assert self.validation == again
+
+
+def test_dropout_acts_in_training_only(toy):
+    """Off in validation (it repeats), on in a step (it differs from a run without), other in the
+    next epoch, and the seed's."""
+    runs = [
+        DropoutRun(toy, 0), DropoutRun(toy, 0), DropoutRun(toy, 1), DropoutRun(toy, 0, seed=7),
+        DropoutRun(toy, 0, dropout=0.0)]
+    assert runs[0].loss == runs[1].loss
+    assert len({run.loss for run in runs}) == 4
+    assert len({run.validation for run in runs}) == 1
+    assert runs[4].loss == pytest.approx(runs[4].validation, rel=1e-4)
+    assert abs(runs[0].loss - runs[0].validation) > 1e-4
+
+
+def share_above(pairs):
+    """Share of (score, score) pairs whose first is larger."""
+    return sum(one > other for one, other in pairs) / len(pairs)
+
+
+def test_validation_by_hand(toy):
+    """AUROC takes one half as positive, pairs stay within a problem, the loss is the mean over
+    ragged batches."""
+    examples = random_examples(9, 3)
+    stop = Stop(toy.model, 4, 2)
+    torch.nn.init.normal_(stop.head.weight, generator=torch.Generator().manual_seed(1))
+    found = train.validate(toy.model, stop, prefixes_of(toy.model, examples))
+    scores = stop.score(toy.model, [example.ids for example in examples]).tolist()
+    losses = []
+    good = []
+    bad = []
+    for score, example in zip(scores, examples):
+        label = example.label
+        losses.append(-label * math.log(score) - (1 - label) * math.log(1 - score))
+        group = good if label >= 0.5 else bad
+        group.append(score)
+    assert 0.5 in [example.label for example in examples]
+    assert found["validation_loss"] == pytest.approx(sum(losses) / 9, rel=1e-4)
+    across = [(one, other) for one in good for other in bad]
+    assert found["auroc"] == pytest.approx(share_above(across))
+    within = []
+    for one, a in zip(scores, examples):
+        for other, b in zip(scores, examples):
+            if a.problem == b.problem and a.label > b.label:
+                within.append((one, other))
+    assert found["pairwise"] == pytest.approx(share_above(within))
+    assert found["mean_score"] == pytest.approx(sum(scores) / 9, rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(toy, tmp_path):
+    """By name and in one line, and nothing is saved: neither a STOP nor a state to go on from."""
+    settings = small(lr=1e30, epochs=3)
+    with pytest.raises(ValueError, match="found NaN or infinity, expected finite") as caught:
+        train.fit(toy.model, random_examples(), settings, tmp_path, "run")
+    assert "\n" not in str(caught.value)
+    for file in tmp_path.rglob("stop.safetensors"):
+        for tensor in load_file(file).values():
+            assert torch.isfinite(tensor).all()
+
+
+def test_rates():
+    """Warm-up rises in a line, cosine ends near zero, constant stays."""
+    settings = small(warmup=4, cosine=True, lr=1.0)
+    rates = [train.learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[0] == 0.25
+    assert rates[1] == pytest.approx(0.5, rel=1e-3)
+    assert rates[99] < 1e-3
+    assert train.learning_rate(99, 100, small(lr=1.0)) == 1.0
+
+
+CHANGES = (
+    {}, {"weight_decay": 0.9}, {"seed": 5}, {"lr": 1e-2}, {"alpha": 1.0}, {"warmup": 9}, {"m": 2},
+    {"clip": 0.1}, {"cosine": True}, {"dropout": 0.5}, {"targets": "q_proj"}, {"shared": True})
 
 
 def test_settings_reach_the_module(toy, tmp_path, monkeypatch):
     """A setting that is read and then dropped would leave the same weights."""
-    stops, losses = {}, iter(range(99, 0, -1))
-    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})  # the last epoch is the best
-    for name, changes in (("a", {}), ("b", {"weight_decay": 0.9}), ("c", {"seed": 5}), ("d", {"lr": 1e-2}), ("e", {"alpha": 1.0}),
-                          ("f", {"warmup": 9}), ("g", {"m": 2}), ("h", {"clip": 0.1}), ("i", {"cosine": True}), ("j", {"dropout": 0.5}),
-                          ("k", {"targets": "q_proj"}), ("l", {"shared": True})):
-        (tmp_path / name).mkdir()
-        settings = train.Settings(**SMALL | {"epochs": 3, "lr": 5e-3, "validation": 0.5} | changes)
-        stops[name] = train.fit(toy[0], random_examples(), settings, tmp_path / name).state_dict()["head.weight"]
-    assert len({tuple(value.flatten().tolist()) for value in stops.values()}) == 12
+    losses = iter(range(99, 0, -1))  # the last epoch is the best
+    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    heads = set()
+    for number, changes in enumerate(CHANGES):
+        out = tmp_path / str(number)
+        out.mkdir()
+        settings = small(**{"epochs": 3, "lr": 5e-3, "validation": 0.5} | changes)
+        stop = train.fit(toy.model, random_examples(), settings, out, "run")
+        heads.add(tuple(stop.head.weight.flatten().tolist()))
+    assert len(heads) == len(CHANGES)
+
+
+# ---------------------------------------------------------------------------------- given examples
+
+
+@pytest.mark.parametrize("key", LABEL_KEYS)
+def test_the_authors_records_and_recipe(run, toy, tmp_path, key):
+    """Records with only ids and a label under any of their names train, by the released recipe, the
+    same way twice."""
+    file = tmp_path / "labels.jsonl"
+    records = []
+    for record in read_lines(run / "labels.jsonl"):
+        ids = record["prefix_token_ids"]
+        records.append({"prefix_token_ids": ids, key: record["soft_label"]})
+    write_lines(file, records)
+    settings = small(
+        shared=True, head="softmax", targets="q_proj,v_proj", dropout=0.05, epochs=1)
+    found = []
+    for name in "ab":
+        out = tmp_path / name
+        out.mkdir()
+        examples = train.given_labels(file, toy.model, toy.tokenizer, 4, [])
+        found.append(states(train.fit(toy.model, examples, settings, out, "run")))
+    assert found[0]["tokens"].shape == (1, 96)
+    assert found[0]["head.bias"].shape == (2,)
+    linears = {name.split(".")[-3] for name in found[0] if "lora_A" in name}
+    assert linears == {"q_proj", "v_proj"}
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name])
 
 
 def test_records_without_a_problem(toy, tmp_path):
-    """`problem_id` groups as `id` does; a record with neither stands for itself, or the split would hold out all or none."""
-    file = tmp_path / "labels.jsonl"
+    """`problem_id` groups as `id` does; a record with neither stands for itself, or the split would
+    hold out all or none."""
     keys = ({"id": 4}, {"problem_id": 4}, {"problem_id": "x", "id": "y"}, {}, {})
-    file.write_text("".join(json.dumps({"prefix_token_ids": [5], "soft_label": 1} | key) + "\n" for key in keys))
-    assert [problem for _, _, problem in train.read_labels(file, toy[0], 4)] == ["4", "4", "y", "line 4", "line 5"]
+    record = {"prefix_token_ids": [5], "soft_label": 1}
+    file = write_lines(tmp_path / "labels.jsonl", [record | key for key in keys])
+    examples = train.given_labels(file, toy.model, toy.tokenizer, 4, [])
+    found = [example.problem for example in examples]
+    assert found == ["4", "4", "y", "line 4", "line 5"]
 
 
-def test_held_out_problems_are_told_by_their_text():
-    """Other blanks or another id do not hide a test problem among the training ones; another text is no overlap."""
-    tests = [task.Problem("t", "What is\n1 + 1?", "2")]
-    train.held_out([task.Problem("t", "What is 2 + 1?", "3")], tests)
-    with pytest.raises(ValueError, match="problem a is held-out problem t"):
-        train.held_out([task.Problem("a", " What  is 1 + 1? ", "2")], tests)
-
-
-def test_what_comes_first(tmp_path):
-    """A flag before the recipe, the recipe before the defaults."""
-    (tmp_path / "recipe.json").write_text('{"rank": 7, "lr": 0.5}')
-    content = train.recipe({"model": str(tmp_path)})
-    assert content == {"rank": 7, "lr": 0.5} and train.recipe({"model": str(tmp_path / "none")}) == {}
-
-
-def test_labels_of_a_held_out_problem(toy, few, tmp_path):
-    """Labels made elsewhere must not hold what the evaluation asks: told by the prompt's token ids, whatever the id."""
-    prompt = toy[1].ask(read_problems(few)[1])
+@pytest.mark.parametrize("lines, message", (
+    (['{"prefix_token_ids": [5], "soft_label": 1.5}'], ":1: soft_label: found 1.5"),
+    (['{"prefix_token_ids": [5], "soft_label": 0.5}', '{"prefix_token_ids": [5], "sof'],
+     ":2: not JSON"),
+    (['{"prefix_token_ids": [5], "soft_label": null}'], ":1: soft_label: found None"),
+    (['{"prefix_token_ids": [5], "soft_label": true}'], ":1: soft_label: found True"),
+    (['{"prefix_token_ids": [5]}'], ":1: soft_label: found none, expected a number"),
+    (['{"prefix_token_ids": "5", "soft_label": 0.5}'], ":1: prefix_token_ids"),
+    (['{"prefix_token_ids": [5.0], "soft_label": 0.5}'], ":1: prefix_token_ids"),
+    (['{"prefix_token_ids": [99999], "soft_label": 0.5}'], ":1: .*99999.*vocabulary"),
+    (['{"prefix_token_ids": [], "soft_label": 0.5}'], ":1: .*found no token"),
+    (['{"soft_label": 0.5}'], ":1: prefix_token_ids"),
+    ([], "found no record"),
+    (["[1]"], ":1: found list")))
+def test_bad_labels(toy, tmp_path, lines, message):
     file = tmp_path / "labels.jsonl"
-    file.write_text("".join(json.dumps({"id": i, "prefix_token_ids": ids, "soft_label": 0.5}) + "\n"
-                            for i, ids in enumerate(([5, 6, 7], prompt + [9]))))
-    with pytest.raises(ValueError, match="labels.jsonl: problem 1 is held-out problem"):
-        train.main(train.Settings(**SMALL, test=few, labels=str(file), out=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
+    file.write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(ValueError, match=message) as caught:
+        train.given_labels(file, toy.model, toy.tokenizer, 4, [])
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("edited", ("data", "labels"))
-def test_other_data_in_the_same_folder(run, few, tmp_path, edited):
-    """The file's name is the same and its content is not: old labels among new ones, or the old weights as if new."""
-    file, out = tmp_path / "it.jsonl", tmp_path / "out"
-    source = ROOT / "toy" / "train.jsonl" if edited == "data" else run[1] / "labels.jsonl"
-    lines = source.read_text().splitlines(True)
-    settings = train.Settings(**SMALL | {"epochs": 1, "rollouts": 1, "max_new_tokens": 80, "prefix": 20, "low": 0, "high": 8, edited: str(file), "out": str(out)}, test=few)
-    file.write_text("".join(lines[:7]))
+def test_labels_of_a_held_out_problem_are_refused(toy, few, tmp_path):
+    """Labels made elsewhere must not hold what the evaluation asks: told by the prompt's token ids,
+    whatever the id."""
+    prompt = toy.tokenizer.ask(read_problems(few)[1])
+    records = []
+    for i, ids in enumerate(([5, 6, 7], prompt + [9])):
+        records.append({"id": i, "prefix_token_ids": ids, "soft_label": 0.5})
+    file = write_lines(tmp_path / "labels.jsonl", records)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="labels.jsonl:2: problem 1 is held-out problem"):
+        train.main(small(test=few, labels=str(file), out=str(out)))
+    assert not list(out.rglob("*"))
+
+
+def test_validation_problems_are_held_out(run):
+    examples = examples_of(run)
+    training, validation = train.split(examples, 0.3, 0)
+    ours = {example.problem for example in training}
+    assert not ours & {example.problem for example in validation}
+    assert len(training) + len(validation) == len(examples)
+
+
+def test_the_split_is_by_the_seed_and_the_share():
+    """A third of nine problems, whole, other ones by another seed, the same ones again, however the
+    records are ordered."""
+    examples = [Example([1], 0.5, f"p{i % 9}", None) for i in range(36)]
+
+    def held(seed, examples=examples, share=1 / 3):
+        _, validation = train.split(examples, share, seed)
+        return frozenset(example.problem for example in validation)
+
+    drawn = [held(seed) for seed in range(6)]
+    assert [len(problems) for problems in drawn] == [3] * 6
+    assert len(set(drawn)) > 2
+    assert held(1) == held(1, examples[::-1])
+    assert len(held(0, share=0.01)) == 1
+
+
+# -------------------------------------------------------------------------------- killed at will
+
+
+def interrupted(settings, calls):
+    """Run until so many decode steps, optimiser steps, lines, file writes and renames are done;
+    whether it was killed before its end."""
+    fuse = Fuse(calls)
+    with pytest.MonkeyPatch.context() as patch:
+        skip_measuring(patch)
+        patch.setattr(sample.Batch, "settle", fuse(sample.Batch.settle))
+        patch.setattr(torch.optim.AdamW, "step", fuse(torch.optim.AdamW.step))
+        patch.setattr(Job, "_line", fuse(Job._line))
+        patch.setattr(os, "fsync", fuse(os.fsync))
+        patch.setattr(os, "replace", fuse(os.replace))
+        patch.setattr(pathlib.Path, "unlink", fuse(pathlib.Path.unlink))
+        try:
+            train.main(settings)
+            return False
+        except Killed:
+            return True
+
+
+def assert_same_run(out, whole):
+    for name in ("labels.jsonl", "stop/stop.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    stored = [sorted(folder.glob("paths-*")) for folder in (out, whole)]
+    for found, known in zip(*stored, strict=True):
+        assert found.name == known.name
+        assert found.read_bytes() == known.read_bytes()
+    litter = list(out.rglob("*.part*")) + list(out.rglob("*lock"))
+    assert not litter
+
+
+def has_all_labels(out, whole):
+    """Whether the fit has begun."""
+    file = out / "labels.jsonl"
+    return file.is_file() and file.read_bytes() == (whole / "labels.jsonl").read_bytes()
+
+
+def tear_last_lines(out):
+    """Leave what a writer leaves that is killed in the middle of a line."""
+    for file in out.glob("*.jsonl"):
+        with open(file, "a") as opened:
+            opened.write('{"id": "toy-tra')
+
+
+def kill_until_done(settings, out, rng, longest, done):
+    """Start a run again and again, each time killed within so many calls, half of the times
+    inside a line, until `done()` -> how many kills it took."""
+    for kills in range(1, 40):
+        again = dataclasses.replace(settings, batch=rng.choice((8, 5, 12)))
+        if not interrupted(again, rng.randrange(1, longest[kills % len(longest)])):
+            break
+        if rng.random() < 0.5:
+            tear_last_lines(out)
+        if done():
+            break
+    return kills
+
+
+def test_killed_and_started_again(run, few, tmp_path):
+    """At 20 random moments in supervision and in the fit, with another number of rows each time;
+    then the same paths, labels and weights."""
+    rng = random.Random(0)
+    out = tmp_path / "killed"
+    settings = small(test=few, out=str(out))
+
+    def end():
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", lambda *_: end())
+        kills = kill_until_done(settings, out, rng, (350, 40), lambda: has_all_labels(out, run))
+    assert has_all_labels(out, run)
+    assert kills >= 10
+    fit_kills = kill_until_done(settings, out, rng, (14, 7), lambda: False)
+    assert fit_kills >= 10
     train.main(settings)
-    file.write_text("".join(lines[1:8] if edited == "data" else
-                            [json.dumps(json.loads(line) | {"soft_label": 0.25}) + "\n" for line in lines[:7]]))
-    with pytest.raises(ValueError, match="it.jsonl|settings.json"):
+    assert_same_run(out, run)
+
+
+def kill(running):
+    """Kill a script and the processes that it has started, without a chance to say goodbye."""
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+
+
+def flags_for(few, out, **changes):
+    return flags_of(SMALL | {"test": few, "out": str(out)} | changes)
+
+
+def test_killed_by_the_system(run, few, tmp_path):
+    """Three real kills at random moments, then the README's way of going on: the same command
+    again."""
+    rng = random.Random(1)
+    out = tmp_path / "killed"
+    words = flags_for(few, out)
+    for _ in range(3):
+        running = start_script("train.py", words)
+        time.sleep(rng.uniform(4, 8))
+        kill(running)
+    status, _, err = run_script("train.py", words)
+    assert status == 0, err
+    (out / "lock").unlink(missing_ok=True)
+    assert_same_run(out, run)
+
+
+def test_a_changed_state_is_not_gone_on_from(run, few, tmp_path):
+    """A fit.pt with one bit flipped, or of another run, is refused with what to do."""
+    out = tmp_path / "out"
+    settings = small(test=few, out=str(out))
+    assert interrupted(settings, 100_000) is False
+    file = out / "fit.pt"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    message = "fit.pt: damaged, or another run's: remove it to fit again"
+    with pytest.raises(ValueError, match=message):
+        train.main(settings)
+    file.unlink()
+    train.main(settings)
+    assert_same_run(out, run)
+
+
+# ---------------------------------------------------------------------------------- two processes
+
+TOGETHER = SMALL | {"accumulation": 4, "batch_size": 1, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(few, tmp_path_factory):
+    """The folder of a run on one process, with steps of four passes."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        skip_measuring(monkeypatch)
+        train.main(train.Settings(**TOGETHER | {"test": few, "out": str(out)}))
+    return out
+
+
+def assert_same_within_rounding(out, alone):
+    """Labels and paths byte for byte, weights within 1e-6; nothing else is left in the folder."""
+    names = sorted(str(file.relative_to(alone)) for file in alone.rglob("*"))
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*")) == names
+    for name in ("labels.jsonl", *(name for name in names if name.startswith("paths-"))):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+    found = load_file(out / "stop" / "stop.safetensors")
+    expected = load_file(alone / "stop" / "stop.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        close(found[name], value, 1e-6)
+
+
+def test_two_processes_make_the_same_run(alone, few, tmp_path):
+    """And only one of them prints."""
+    out = tmp_path / "out"
+    words = flags_of(TOGETHER | {"test": few, "out": str(out)})
+    status, printed, err = run_script("train.py", words, processes=2)
+    assert status == 0, err
+    assert printed.count("settings: ") == 1
+    assert printed.count('"stop": ') == 2 - 1
+    assert_same_within_rounding(out, alone)
+
+
+@pytest.mark.parametrize("count", (1, 2))
+def test_a_run_of_which_one_process_was_killed_goes_on(alone, few, tmp_path, count):
+    """Torchrun ends the others; with one process or with two, started again, the run is the same.
+    """
+    out = tmp_path / "out"
+    words = flags_of(TOGETHER | {"test": few, "out": str(out)})
+    running = start_script("train.py", words, processes=2)
+    deadline = time.time() + 120
+    while not list(out.glob("*.part1")) and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    children = child_processes(running.pid)
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    running.communicate(timeout=100)
+    assert running.returncode != 0
+    status, _, err = run_script("train.py", words, processes=count)
+    assert status == 0, err
+    assert_same_within_rounding(out, alone)
+
+
+def child_processes(pid):
+    """Ids of a process's children, the first started first."""
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def test_another_run_in_the_same_folder_is_refused(run, few):
+    with pytest.raises(ValueError, match="lr: found 0.001, expected 0.5"):
+        train.main(small(lr=0.5, test=few, out=str(run)))
+
+
+def test_a_folder_at_work_is_refused(few, tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(ValueError, match="another process is at work there"):
+            train.main(small(test=few, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("changed", ("data", "labels"))
+def test_other_data_in_the_same_folder_is_refused(run, few, tmp_path, changed):
+    """The file's name is the same and its content is not: old labels among new ones, or the old
+    weights as if new."""
+    file = tmp_path / "it.jsonl"
+    source = TOY / "train.jsonl" if changed == "data" else run / "labels.jsonl"
+    records = read_lines(source)
+    settings = small(
+        epochs=1, rollouts=1, max_new_tokens=80, prefix="20", low=0, high=8, test=few,
+        out=str(tmp_path / "out"), **{changed: str(file)})
+    write_lines(file, records[:7])
+    train.main(settings)
+    others = records[1:8]
+    if changed == "labels":
+        others = [record | {"soft_label": 0.25} for record in records[:7]]
+    write_lines(file, others)
+    with pytest.raises(ValueError, match="settings.json: content: found"):
         train.main(settings)
 
 
-@pytest.mark.parametrize("changes, message", (({"keep": 3}, "keep"), ({"prefixes": 9}, "prefixes"), ({"rollouts": 0}, "rollouts"),
-                                              ({"epochs": 0}, "epochs"), ({"accumulation": 0}, "accumulation"), ({"problems": 0}, "problems"), ({"problems": -1}, "problems"), ({"head": "linear"}, "head")))
-def test_settings_that_cannot_be(few, tmp_path, monkeypatch, changes, message):
-    """Refused by name before the first token is sampled, not after hours of supervision."""
-    def work(*_, **__):
-        raise AssertionError("work was done")
+def test_held_out_problems_are_dropped_and_counted(few, tmp_path, capsys):
+    """Told by their text, whatever their id and blanks; the labels are those of the others."""
+    tests = read_lines(pathlib.Path(few))
+    held_out = []
+    for number, record in enumerate(tests):
+        text = record["problem"].replace(" ", "  ")
+        held_out.append({"id": f"hidden {number}", "problem": text, "answer": record["answer"]})
+    records = read_lines(TOY / "train.jsonl")[:5]
+    data = write_lines(tmp_path / "data.jsonl", records[:2] + held_out + records[2:])
+    settings = small(data=str(data), test=few, out=str(tmp_path / "out"), low=0, high=8, epochs=1)
+    train.main(settings)
+    assert "data: 2 problems are held-out ones and were dropped" in capsys.readouterr().out
+    names = {record["id"] for record in read_lines(tmp_path / "out" / "labels.jsonl")}
+    assert names == {record["id"] for record in records}
 
-    monkeypatch.setattr(eval, "generate", work)
-    with pytest.raises(ValueError, match=f"^{message}: found"):
-        train.main(train.Settings(**SMALL | changes, test=few, out=str(tmp_path / "out")))
+
+def test_data_that_are_all_held_out_are_refused(few, tmp_path):
+    with pytest.raises(ValueError, match="data: found no problem"):
+        train.main(small(data=few, test=few, out=str(tmp_path)))
+
+
+def test_a_problem_without_an_answer_is_refused(few, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [{"problem": "What?"}])
+    with pytest.raises(ValueError, match="data.jsonl:1: answer"):
+        train.main(small(data=str(data), test=few, out=str(tmp_path)))
+
+
+def test_one_problem_cannot_be_split():
+    examples = [Example([1], 0.5, "a", None)] * 4
+    with pytest.raises(ValueError, match="labels: found 1 problem.*expected several"):
+        train.split(examples, 0.1, 0)
+
+
+def test_no_problem_in_range_is_refused(toy, tmp_path):
+    problems = read_problems(TOY / "train.jsonl")[:1]
+    settings = small(low=8, high=8)
+    with pytest.raises(ValueError, match="data: found no problem with 8 to 8 of 8 paths right"):
+        train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+
+
+def test_a_checkpoint_beyond_the_limit_is_refused(toy, tmp_path):
+    problems = read_problems(TOY / "train.jsonl")[:1]
+    settings = small(prefix="200", low=0, high=8)
+    with pytest.raises(ValueError, match="prefix: found 200, expected less than the limit of 200"):
+        train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+
+
+@pytest.mark.parametrize("changes", (
+    {"keep": 3}, {"prefixes": 9}, {"rollouts": 0}, {"epochs": 0}, {"accumulation": 0},
+    {"problems": 0}, {"problems": -1}, {"head": "linear"}, {"prefix": "0"}, {"prefix": "4,4"},
+    {"low": -1}, {"high": 9}, {"high": 0}, {"validation": 1.0}, {"validation": 0.0},
+    {"dropout": 1.0}, {"lr": 0.0}, {"clip": -1.0}, {"warmup": -1}, {"weight_decay": -0.1},
+    {"m": 0}, {"rank": 0}, {"alpha": 0.0}, {"batch": 0}, {"cache_gb": -1.0}, {"temperature": -1.0},
+    {"top_p": 0.0}), ids=str)
+def test_settings_that_cannot_be(few, tmp_path, monkeypatch, changes):
+    """Refused by name before a model is loaded, not after hours of supervision."""
+    monkeypatch.setattr(train, "open_model", None)
+    (name,) = changes
+    message = f"^{name.replace('top_p', 'top-p')}: found"
+    with pytest.raises(ValueError, match=message) as caught:
+        train.main(small(**changes, test=few, out=str(tmp_path / "out")))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_toys_recipe_is_overruled_here():
+    """Not a property: the runs of these tests are the same as commands and in this process."""
+    content, _ = train.recipe({"model": str(TOY)})
+    assert content.keys() <= SMALL.keys()
+
+
+def test_what_comes_first(tmp_path):
+    """A flag before the recipe, the recipe before the defaults. A checkpoint may be a number."""
+    (tmp_path / "recipe.json").write_text('{"rank": 7, "lr": 0.5, "prefix": 40}')
+    content, source = train.recipe({"model": str(tmp_path)})
+    assert content == {"rank": 7, "lr": 0.5, "prefix": "40"}
+    assert source == tmp_path / "recipe.json"
+    content, _ = train.recipe({"model": str(tmp_path / "none")})
+    assert content == {}
+
+
+# ----------------------------------------------------------------------------------- the settings
+
+
+def test_what_changes_no_result_is_no_part_of_a_run():
+    """Rows at a time, the device, kept caches, the folder itself: a run goes on with others."""
+    names = {field.name for field in dataclasses.fields(train.Settings)}
+    assert set(train.NO_PART_OF_A_RUN) <= names
+    assert set(train.NO_PART_OF_A_RUN) == {"batch", "device", "cache_gb", "out", "plan"}
+
+
+def test_half_of_the_free_memory_is_for_caches(toy, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8e9)
+    assert train.cache_bytes(toy.model, small()) == 4e9
+    assert train.cache_bytes(toy.model, small(cache_gb=0.5)) == 2 ** 29
+
+
+def test_the_last_line_is_json(run, few, capsys):
+    """A finished run, started again, only evaluates again and says where everything is."""
+    train.main(small(test=few, out=str(run)))
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["out"] == str(run)
+    assert last["stop"] == str(run / "stop")
+    assert {"validation_loss", "auroc", "pairwise", "train_loss", "avg STOP (IV)"} <= set(last)
+    assert processes.count() == 1
