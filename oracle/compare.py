@@ -264,26 +264,29 @@ def summary_of(results):
 
 # --------------------------------------------------------------------------------- the causes
 
-NEAR = 5       # a mistake is recognised within so many times what is allowed
-SHARE = 0.1    # for mistakes that only round: within this share of what the mistake changes
+EXACT = 2e-3   # a mistake is recognised within this share of what it changes,
+ROUNDED = 0.1  # or, where it only rounds, within this one
 
 
 def matches_numbers(row, wrong, expected, found, rounded):
-    """Whether an entry holds the numbers of a mistake. wrong: {"at": flat places, "values"}."""
+    """Whether an entry holds the numbers of a mistake.
+    wrong: {"at": flat places, "values"}, or {"shape"} where the mistake gives another shape."""
     numbers = as_numbers(found)
     expected = as_numbers(expected)
-    if numbers is None or numbers.shape != expected.shape:
+    if numbers is None:
         return False
-    at = wrong["at"]
+    if "shape" in wrong or numbers.shape != expected.shape:
+        return list(numbers.shape) == wrong.get("shape")
     values = np.array(wrong["values"], dtype=np.float64)
-    off = differences(values, numbers.reshape(-1)[at])
-    change = np.abs(values - expected.reshape(-1)[at])
-    if rounded:
-        return float(np.sqrt((off ** 2).mean())) <= SHARE * float(np.sqrt((change ** 2).mean()))
-    # Never so wide that the right numbers would do as well.
-    allowed = min(NEAR * allowed_difference(row, expected), max(change.max() / 3, 1e-30))
-    scale = max(1.0, float(np.abs(values).max()))
-    return float(off.max()) <= max(allowed, 1e-6 * scale if change.max() > 1e-3 else 0.0)
+    off = differences(values, numbers.reshape(-1)[wrong["at"]])
+    change = np.abs(values - expected.reshape(-1)[wrong["at"]])
+    share = ROUNDED if rounded else EXACT
+    allowed = min(allowed_difference(row, expected), root_mean_square(change) / 4)
+    return root_mean_square(off) <= max(allowed, share * root_mean_square(change))
+
+
+def root_mean_square(values):
+    return float(np.sqrt((values ** 2).mean()))
 
 
 def with_wrong_paths(expected, changed):

@@ -34,6 +34,7 @@ class Settings:
     out: str = option(str(HERE / "vectors"), "folder to write")
     search: bool = option(False, "look for the runs' seeds again")
     cases: str | None = option(None, "those to write, as in qwen2,sampler (default: all)")
+    mistakes: str | None = option(None, "only these mistakes, by their keys, and no case")
 
 
 # ------------------------------------------------------------------------------- seeds of the runs
@@ -169,7 +170,8 @@ def main(settings):
     out = Path(settings.out)
     known = [*cases.BY_NAME, *cases.MODEL_FREE]
     names = known if settings.cases is None else settings.cases.split(",")
-    for name in names:
+    keys = None if settings.mistakes is None else settings.mistakes.split(",")
+    for name in names if keys is None else ():
         if name == "sampler":
             inputs = cases.sampler_inputs()
             write_model_free(name, inputs, reference.sampler_rows(inputs), out)
@@ -178,7 +180,7 @@ def main(settings):
             write_model_free(name, inputs, reference.choices_rows(inputs), out)
         else:
             write_case(cases.BY_NAME[name], out, settings.search)
-    mistakes.write_all(out, names)
+    mistakes.write_all(out, names, keys)
     manifest.write(out)
     print(json.dumps({"out": str(out)}))
 

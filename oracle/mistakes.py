@@ -36,7 +36,7 @@ def numbers_entry(row, expected, wrong):
     expected = as_numbers(expected)
     wrong = np.asarray(torch.as_tensor(wrong).float()).astype(np.float64)
     if wrong.shape != expected.shape:
-        return None, 0.0
+        return {"shape": list(wrong.shape)}, SHOWS + 1
     change = np.abs(wrong - expected).reshape(-1)
     units = float(change.max()) / allowed_difference(row, expected)
     if units <= 0.5:
@@ -103,15 +103,19 @@ def port_rows(case, model, stop, inputs, wrong):
 class Writer:
     """What each mistake gives in every case: read from the files that are there, and written again."""
 
-    def __init__(self, out, renewed):
-        """renewed: names of the cases that are made again."""
+    def __init__(self, out, renewed, keys):
+        """renewed: names of the cases that are made again, for the mistakes `keys`."""
         self.folder = out / "mistakes"
+        self.keys = keys
         self.mistakes = {}
         for file in sorted(self.folder.glob("*.json")):
             mistake = read_json(file)
-            kept = {name: rows for name, rows in mistake["cases"].items() if name not in renewed}
-            if kept and mistake["key"] in TITLES:
-                self.mistakes[mistake["key"]] = mistake | {"cases": kept}
+            key = mistake["key"]
+            kept = mistake["cases"]
+            if key in keys:
+                kept = {name: rows for name, rows in kept.items() if name not in renewed}
+            if kept and key in TITLES:
+                self.mistakes[key] = mistake | {"cases": kept, "what": TITLES[key]}
             file.unlink()
 
     def add(self, key, chain, case, expected, found, unknown_rows=()):
@@ -128,6 +132,10 @@ class Writer:
             "cases": {}})
         mistake["cases"][case] = rows
 
+    def wanted(self, kinds):
+        """Those of some mistakes that are made again."""
+        return [key for key in kinds if key in self.keys]
+
     def write(self):
         for key, mistake in self.mistakes.items():
             write_json(self.folder / f"{key}.json", mistake)
@@ -139,22 +147,23 @@ def add_model_case(writer, case, out):
     expected = read_json(out / case.name / "expected.json")
     model = case.model()
     stop = case.stop(model, out)
-    for key in DECODER | SCORE:
+    for key in writer.wanted(DECODER | SCORE):
         found = port_rows(case, model, stop, inputs, key)
         writer.add(key, "model", case.name, expected, found, ("loss", "grad"))
     prefixes = [prefix["ids"] for prefix in inputs["prefixes"]]
-    for key in TRAINING:
+    for key in writer.wanted(TRAINING):
         found = training_rows(model, stop, prefixes, inputs["labels"], key)
         writer.add(key, "model", case.name, expected, found)
     if inputs["runs"]:
-        for key in PATHS | CHECK | RESUME:
+        for key in writer.wanted(PATHS | CHECK | RESUME):
             found = wrong_run_rows(model, stop, inputs["runs"], expected, key)
             writer.add(key, "run", case.name, expected, found)
 
 
-def write_all(out, names):
-    """Write the mistakes that show in the vectors of the folder `out`, those of these cases anew."""
-    writer = Writer(out, names)
+def write_all(out, names, keys=None):
+    """Write the mistakes that show in the vectors of the folder `out`, those of these cases anew;
+    keys: of these mistakes only."""
+    writer = Writer(out, names, TITLES if keys is None else keys)
     for name in names:
         if name in cases.BY_NAME:
             add_model_case(writer, cases.BY_NAME[name], out)
@@ -162,10 +171,10 @@ def write_all(out, names):
             inputs = read_json(out / name / "case.json")
             expected = read_json(out / name / "expected.json")
             if name == "sampler":
-                for key in SAMPLER:
+                for key in writer.wanted(SAMPLER):
                     writer.add(key, "sampler", name, expected, sampler_rows(inputs, key))
             else:
-                for key in CHOICES:
+                for key in writer.wanted(CHOICES):
                     chain = "ranks" if key.startswith("rank-") else "votes"
                     writer.add(key, chain, name, expected, choices_rows(inputs, key))
         print(f"{name}: {len(writer.mistakes)} mistakes", flush=True)

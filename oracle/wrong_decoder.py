@@ -83,8 +83,8 @@ SCORE = {
     "lora-no-o": "LoRA is missing in o_proj",
     "position-high": "[STOP] positions are one too high",
     "position-low": "[STOP] positions are one too low",
-    "position-high-window": "[STOP] positions, and their windows with them, are one too high",
-    "position-low-window": "[STOP] positions, and their windows with them, are one too low",
+    "position-high-window": "[STOP] positions are one too high",
+    "position-low-window": "[STOP] positions are one too low",
     "position-same": "all [STOP] tokens stand at one position",
     "position-zero": "[STOP] positions begin at 0",
     "tokens-reversed": "[STOP] vectors in reversed order",
@@ -163,8 +163,6 @@ class Port:
                 rope["original_max_position_embeddings"] = config.max_position_embeddings
             elif self.wrong == "yarn-truncate":
                 rope["truncate"] = True
-            elif self.wrong == "yarn-linear":
-                rope["original_max_position_embeddings"] = 1
         try:
             config.rope = rope
             frequencies, scale = rope_frequencies(config)
@@ -172,6 +170,9 @@ class Port:
             config.rope = saved
         if self.wrong == "rope-missing":
             frequencies = frequencies * 0
+        if self.wrong == "yarn-linear" and rope["rope_type"] == "yarn":
+            steps = torch.arange(0, config.head_dim, 2) / config.head_dim
+            frequencies = 1 / (rope["factor"] * rope["rope_theta"] ** steps)
         return frequencies, 1.0 if self.wrong == "yarn-scale" else scale
 
     def _lora_scaling(self):
@@ -401,8 +402,8 @@ class Port:
         layers = torch.stack([state[-m:] for state in states])
         logits = self.head_logits(layers[-1], hidden[-m:])
         return {
-            "stop.layers": layers if m == self.stop.m else None,
-            "stop.hidden": hidden[-m:] if m == self.stop.m else None,
+            "stop.layers": layers,
+            "stop.hidden": hidden[-m:],
             "logits": logits,
             "scores": self.chance(logits)}
 

@@ -50,7 +50,6 @@ CHECK = {
 RESUME = {
     "cache-left": "the [STOP] keys and values are left in the cache, and the row is longer by m",
     "cache-seen": "the [STOP] keys and values are still seen, though positions are right",
-    "cache-overwritten": "the check's keys replace those of the last m tokens",
     "positions-advanced": "positions go on behind the [STOP] tokens, whose keys are gone",
     "positions-back": "positions behind the check are one too low",
     "counter-advanced": "the noise counter goes on m too far behind the check",
@@ -106,7 +105,7 @@ def next_logits(rows, prompt, ids, checkpoint, wrong):
     if wrong == "last-token-twice":
         before = before + before[-1:]
     L = len(before)
-    inserted = wrong in ("cache-left", "cache-seen", "cache-overwritten")
+    inserted = wrong in ("cache-left", "cache-seen")
     if wrong == "next-from-stop" and not behind:
         inserted = True
     parts = [rows.embed(before)]
@@ -119,7 +118,7 @@ def next_logits(rows, prompt, ids, checkpoint, wrong):
     stops[L:L + m] = inserted
     later = slots >= L
     positions = slots
-    if wrong in ("cache-seen", "cache-overwritten"):
+    if wrong == "cache-seen":
         positions = torch.where(later & ~stops, slots - m, slots)
     elif wrong == "positions-advanced":
         positions = torch.where(later, slots + m, slots)
@@ -135,14 +134,11 @@ def next_logits(rows, prompt, ids, checkpoint, wrong):
         mask = (slots[None] <= slots[:, None])
         if window is not None:
             mask = mask & (keys > queries - window)
-        if wrong == "cache-overwritten":
-            hidden = (slots >= L - m) & (slots < L)
-            mask = mask & ~((later & ~stops)[:, None] & hidden[None])
         return mask
 
-    if wrong in ("cache-seen", "cache-overwritten", "cache-left", "next-from-stop") and not behind:
-        if wrong != "next-from-stop":  # the last token before the check has already been read
-            return rows.logits(rows.embed(before), torch.arange(L), causal(L))
+    if wrong in ("cache-seen", "cache-left") and not behind:
+        # The last token before the check has already been read.
+        return rows.logits(rows.embed(before), torch.arange(L), causal(L))
     return rows.logits(x, positions, seen, active)
 
 

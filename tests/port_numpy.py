@@ -378,10 +378,10 @@ def mix(x, w=None):
 def make_key(seed, prompt, index, w=None):
     w = w or ""
     tail = int(w.split("-")[-1]) if w.split("-")[-1].isdigit() else None
-    seed &= MASK
+    seed = int(float(seed)) & MASK if w == "seed-53" else seed & MASK
     if w.startswith("seed-") and tail and tail < 53:
         seed %= 1 << tail
-    seed = {"seed-53": int(float(seed)) & MASK, "seed-ignored": 0}.get(w, seed)
+    seed = 0 if w == "seed-ignored" else seed
     if w.startswith("prompt-last-"):
         prompt = prompt[-tail:]
     if w.startswith("prompt-first-"):
@@ -579,7 +579,7 @@ class Paths:
                     key = make_key(int(r["seed"]), prompt, row)
                 stop = np.broadcast_to(m.st["tokens"], (m.s["m"], m.c["hidden_size"]))
                 k = len(stop)
-                if w in ("cache-left", "cache-seen", "cache-overwritten", "next-from-stop"):
+                if w in ("cache-left", "cache-seen", "next-from-stop"):
                     kept = [[part.copy() for part in layer] for layer in cache]
                     _, h = m.run(stop, cache, np.arange(pos, pos + k), np.ones(k, F), np.ones(k, bool))
                     if w == "next-from-stop":
@@ -669,7 +669,7 @@ class Paths:
         return paths, alive
 
 
-BEHIND = ("cache-left cache-seen cache-overwritten positions-advanced positions-back counter-advanced "
+BEHIND = ("cache-left cache-seen positions-advanced positions-back counter-advanced "
           "counter-restarted counter-skipped counter-back lora-left-on last-token-twice next-from-stop "
           "rows-renumbered").split()
 
