@@ -60,7 +60,8 @@ def test_numbers_of_0_or_below_are_refused(make, tmp_path, monkeypatch, run, nam
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, value", (("measure", -1), ("weight-decay", -0.5), ("batch-tokens", 511)))
+@pytest.mark.parametrize("name, value", (
+    ("measure", -1), ("weight-decay", -0.5), ("batch-tokens", 511)))
 def test_numbers_below_their_least_are_refused(make, tmp_path, monkeypatch, run, name, value):
     monkeypatch.setattr(make, "pretrain", None)
     status, _, err = run(f"--{name}", value, "--out", tmp_path / "out")
