@@ -25,6 +25,7 @@ from plumbing import memory, processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import fingerprint, weights_digest
 from plumbing.command_line import Common, command_line, option, require_positive
+from plumbing.cuda_graph import DecodeStep
 from plumbing.records import Job, digest
 from plumbing.tokenizer import Tokenizer
 
@@ -464,53 +465,6 @@ class Batch:
         self.pending = self.pending[order]
         if self.hidden is not None:
             self.hidden = self.hidden[order]
-
-
-class DecodeStep:
-    """One position for every row: token ids (B,) -> hidden states (B, hidden).
-
-    On CUDA the step is captured as a graph and replayed, one graph for a number of rows and a
-    number of slots, which are read in blocks of 256. So that few graphs are made, rows of ended
-    paths leave in groups of 8 there; elsewhere at once."""
-
-    def __init__(self, model):
-        self.model = model
-        self.captured = model.device.type == "cuda"
-        self.group = 8 if self.captured else 1
-        self.graphs = {}  # (rows, slots read) -> (graph, its input, its output)
-
-    def __call__(self, tokens, cache):
-        if not self.captured:
-            return self.model(tokens[:, None], cache=cache)[:, 0]
-        if cache.longest == cache.capacity:
-            raise ValueError(f"KV cache: all of its {cache.capacity} positions are taken")
-        span = min(cache.capacity, (cache.longest // 256 + 1) * 256)
-        if (cache.rows, span) not in self.graphs:
-            self._capture(tokens, cache, span)
-        graph, fed, hidden = self.graphs[cache.rows, span]
-        fed.copy_(tokens)
-        graph.replay()
-        cache.advance(1)
-        return hidden
-
-    def forget(self):
-        """Drop the graphs: they read buffers that are no longer the cache's."""
-        self.graphs.clear()
-
-    def _capture(self, tokens, cache, span):
-        for rows, slots in list(self.graphs):
-            if rows != cache.rows:  # they never come back: the graph would only hold memory
-                del self.graphs[rows, slots]
-        fed = tokens.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up; it writes the slots that the replay writes again
-            self.model.run(fed[:, None], cache, span)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = self.model.run(fed[:, None], cache, span)[:, 0]
-        self.graphs[cache.rows, span] = (graph, fed, hidden)
 
 
 # ------------------------------------------------------------------------------------ whole prompts

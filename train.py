@@ -310,7 +310,7 @@ class Prefixes:
     """Examples in batches of like length. Their KV caches, without gradient or LoRA, are kept
     between epochs as long as they fit `cache_bytes`; the others are made again."""
 
-    def __init__(self, model, examples, batch_size, m, cache_bytes):
+    def __init__(self, model, examples, batch_size, m, cache_bytes, share_rows=False):
         examples = sorted(examples, key=lambda example: len(example.ids))
         self.model = model
         self.m = m
@@ -322,10 +322,20 @@ class Prefixes:
             self.batches.append(examples[start:start + batch_size])
         self.free_bytes = cache_bytes
         self.caches = {}  # batch number -> its KVCache
+        self.share_rows = share_rows
+
+    def own(self, numbers):
+        """Those of the batches `numbers` on which this process works: its share of them or, with
+        `share_rows`, all of which it has rows."""
+        if not self.share_rows:
+            return processes.mine(numbers)
+        return [i for i in numbers if processes.mine(self.batches[i])]
 
     def __getitem__(self, i):
-        """(cache, labels (B,)) of batch i."""
+        """(cache, labels (B,)) of batch i, or of this process's share of its rows."""
         batch = self.batches[i]
+        if self.share_rows:
+            batch = processes.mine(batch)
         cache = self.caches.get(i)
         if cache is None:
             with torch.no_grad():
@@ -340,8 +350,8 @@ class Prefixes:
 def validate(model, stop, prefixes):
     """Metrics on the validation problems, and those of each checkpoint where there are several."""
     stop.eval()
-    own = processes.mine(range(len(prefixes.batches)))
     with torch.no_grad():
+        own = prefixes.own(range(len(prefixes.batches)))
         logits = [stop(model, prefixes[i][0]).cpu() for i in own]
     logits = torch.cat(processes.gather(logits))
     scores = stop.chance(logits)
@@ -388,7 +398,7 @@ def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
     total = 0.0
     for number, batches in enumerate(steps, epoch * len(steps)):
         rows = sum(len(prefixes.batches[i]) for i in batches)
-        for i in processes.mine(batches.tolist()):
+        for i in prefixes.own(batches.tolist()):
             cache, labels = prefixes[i]
             loss = stop.loss(stop(model, cache), labels) * len(labels)
             require_finite(loss, f"fit: the loss of step {number + 1}")
@@ -433,7 +443,8 @@ def fit(model, examples, settings, out, identity):
     training, validation = split(examples, settings.validation, settings.seed)
     free = cache_bytes(model, settings)
     prepare = functools.partial(Prefixes, model, batch_size=settings.batch_size, m=settings.m)
-    training = prepare(training, cache_bytes=free * (1 - settings.validation))
+    few = settings.accumulation < processes.count()  # a step has a batch for some processes only
+    training = prepare(training, cache_bytes=free * (1 - settings.validation), share_rows=few)
     validation = prepare(validation, cache_bytes=free * settings.validation)
     stop = new_stop(model, settings)
     optimizer = torch.optim.AdamW(

@@ -30,7 +30,8 @@ def start(device):
 
 def leave():
     """Part from the other processes, when all have come here, and end this one.
-    It ends at once: threads of gloo that are still at work abort an interpreter that takes its time."""
+    It ends at once: threads of gloo that are still at work abort an interpreter that takes its
+    time."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
