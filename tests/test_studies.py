@@ -658,27 +658,36 @@ def test_the_table_of_variants(folder, variants, monkeypatch, run):
 
 
 @pytest.mark.parametrize("changed, message", (
-    (("--only", "m5", "--lr", 0.01), "settings.json: lr"),
     (("--seeds", "a"), "seeds:"),
     (("--only", "q3"), "only: found 'q3'"),
     (("--only", "k9"), "at least 9 rollouts"),
     (("--head-epochs", 0), "head_epochs: found 0"),
     (("--plan",), "plan: found True")))
 def test_ablations_that_cannot_be(variants, run, changed, message):
-    argv, asked, _ = variants
-    outcome = run(ablations, *argv, *asked)
-    assert outcome.status == 0, outcome.err
+    argv, _, _ = variants
     check_refusal(run(ablations, *argv, *changed), message)
 
 
-def test_edited_scores_are_noticed(variants, run):
-    argv, asked, place = variants
-    outcome = run(ablations, *argv, *asked)
+def test_one_folder_holds_one_study(variants, run):
+    """Other settings are refused, and so is a second process."""
+    argv, _, place = variants
+    outcome = run(ablations, *argv, "--only", "r1")
     assert outcome.status == 0, outcome.err
-    file = place / "out" / "m5-0" / "scores"
+    other = run(ablations, *argv, "--only", "r1", "--lr", 0.01)
+    check_refusal(other, "settings.json: lr")
+    with shared.locked(place / "out"):
+        check_refusal(run(ablations, *argv, "--only", "r1"), "another process is at work there")
+
+
+def test_edited_scores_are_noticed(variants, run):
+    argv, _, place = variants
+    outcome = run(ablations, *argv, "--only", "r1")
+    assert outcome.status == 0, outcome.err
+    file = place / "out" / "r1-0" / "scores"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    check_refusal(run(ablations, *argv, *asked), "m5-0/scores: damaged, or another run's")
+    changed = run(ablations, *argv, "--only", "r1")
+    check_refusal(changed, "r1-0/scores: damaged, or another run's")
     file.write_bytes(content)
 
 
