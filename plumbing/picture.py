@@ -66,11 +66,6 @@ class Vote:
     answer: str
     bars: list
 
-    @property
-    def weight(self):
-        """The sum of their scores."""
-        return sum(bar.score for bar in self.bars)
-
 
 @dataclasses.dataclass
 class Run:
@@ -276,59 +271,92 @@ SVG_STYLE = f"""
 svg.run{{font:12px {FONT};display:block;max-width:100%;height:auto}}
 .run text{{fill:var(--ink)}} .run .quiet{{fill:var(--quiet)}} .run .small{{font-size:11px}}
 .run .strong{{font-weight:650}} .run .end{{text-anchor:end}} .run .middle{{text-anchor:middle}}
-.run .number{{font-variant-numeric:tabular-nums}}
+.run .number{{font-variant-numeric:tabular-nums}} .run .heading{{font-size:14px}}
 .run .grid{{stroke:var(--line)}} .run .check{{stroke:var(--ink);stroke-dasharray:2 3}}
-.run .fork{{stroke:var(--quiet);fill:none}} .run .bad{{fill:var(--bad)}}
-.run .good{{fill:var(--high)}} .run .hit{{fill:transparent}}
+.run .fork{{stroke:var(--quiet);fill:none}} .run .card{{fill:var(--paper)}}
+.run .good{{fill:var(--high)}} .run .bad{{fill:var(--bad)}} .run .hit{{fill:transparent}}
 """
+
+MARKS = {True: " ✓", False: " ✗", None: ""}      # behind what is right, wrong, or not known
+TONES = {True: " good", False: " bad", None: ""}  # its class
+MOST_VOTES = 6                                    # answers listed
+
+
+def tag(name, content="", **attributes):
+    """An element around markup. Attributes are escaped; class_ is class, aria_label aria-label."""
+    parts = [name]
+    for key, value in attributes.items():
+        if isinstance(value, float):
+            value = f"{value:.1f}"
+        key = key.rstrip("_").replace("_", "-")
+        parts.append(f'{key}="{escaped(str(value))}"')
+    return f"<{' '.join(parts)}>{content}</{name}>"
+
+
+def words(x, y, text, classes):
+    """A line of text in a drawing, escaped."""
+    return tag("text", escaped(text), class_=classes, x=float(x), y=float(y))
+
+
+def box(x, y, width, height, classes, radius=0.0):
+    """A rectangle."""
+    return tag("rect", class_=classes, x=float(x), y=float(y), width=float(width),
+               height=float(height), rx=float(radius))
+
+
+def upright(x, top, bottom, classes):
+    """A vertical line."""
+    return tag("line", class_=classes, x1=float(x), x2=float(x), y1=float(top), y2=float(bottom))
 
 
 class Frame:
     """Where things stand in a drawing of some width, in pixels."""
-    LEFT = 84      # names and scores
-    RIGHT = 96     # answers behind the ends of bars
-    TOP = 52       # the axis and the checks' labels
-    KEPT = 20      # height of a kept path's row
-    GAP = 12       # between kept and pruned paths
-    VOTE = 22      # height of an answer's row
+    LEFT = 84   # room for names and scores
+    RIGHT = 96  # room for answers behind the ends of bars
+    TOP = 52    # room for the checks' labels
+    KEPT = 20   # height of a kept path's row
+    GAP = 12    # between families with a kept path and the others
+    VOTE = 22   # height of an answer's row
 
     def __init__(self, run, width):
         self.run = run
         self.width = width
         self.scale = (width - self.LEFT - self.RIGHT) / run.longest
-        pruned = [bar for bar in run.bars if bar.status == "pruned"]
-        self.pruned_height = min(16.0, max(3.0, 360 / max(1, len(pruned))))
-        self.rows = {}  # name -> (top, height)
-        families_kept = {bar.name.split(".")[0] for bar in run.bars if bar.status != "pruned"}
+        self.pruned = sum(bar.status == "pruned" for bar in run.bars)
+        self.rows = {}            # name -> (top, height)
+        self.first_pruned = None  # top of the first family without a kept path
+        self.bottom = self._place_rows()
+        self.votes_top = self.bottom + 58
+        listed = max(1, min(MOST_VOTES, len(run.votes)))
+        self.height = self.votes_top + self.VOTE * listed + 14
+
+    def _place_rows(self):
+        """Fill `rows`; returns where the last one ends."""
+        pruned_height = min(16.0, max(3.0, 360 / max(1, self.pruned)))
+        kept_families = {family(bar) for bar in self.run.bars if bar.status != "pruned"}
         top = self.TOP
-        self.first_pruned = None
-        for bar in run.bars:
-            height = self.pruned_height if bar.status == "pruned" else self.KEPT
-            if self.first_pruned is None and bar.name.split(".")[0] not in families_kept:
+        for bar in self.run.bars:
+            if self.first_pruned is None and family(bar) not in kept_families:
                 top += self.GAP
                 self.first_pruned = top
+            height = pruned_height if bar.status == "pruned" else self.KEPT
             self.rows[bar.name] = (top, height)
             top += height
-        self.bottom = top
-        self.votes_top = top + 58
-        self.height = self.votes_top + self.VOTE * max(1, len(votes_shown(run))) + 14
+        return top
 
     def x(self, tokens):
         """Where a number of tokens lies."""
         return self.LEFT + tokens * self.scale
 
-    def middle(self, bar):
-        """The middle of a bar's row."""
-        top, height = self.rows[bar.name]
+    def middle(self, name):
+        """The middle of a path's row."""
+        top, height = self.rows[name]
         return top + height / 2
 
 
-MOST_VOTES = 6  # answers listed
-
-
-def votes_shown(run):
-    """The Votes that are listed."""
-    return run.votes[:MOST_VOTES]
+def family(bar):
+    """Which launched path it comes from."""
+    return bar.name.partition(".")[0]
 
 
 def tick_step(longest, count):
@@ -344,34 +372,38 @@ def tick_step(longest, count):
 def drawing(run, width):
     """The picture as an <svg> of so many pixels, without a style of its own."""
     frame = Frame(run, width)
-    parts = [*draw_axis(frame), *draw_legend(frame)]
-    by_name = {bar.name: bar for bar in run.bars}
-    for number, bar in enumerate(run.bars):
+    return wrapped(frame, draw(frame))
+
+
+def wrapped(frame, parts):
+    """Parts of a drawing in their <svg>."""
+    return tag(
+        "svg", "\n".join(parts), xmlns="http://www.w3.org/2000/svg", class_="run", role="group",
+        aria_label=summary(frame.run), viewBox=f"0 0 {frame.width} {frame.height:.0f}",
+        width=frame.width, height=f"{frame.height:.0f}")
+
+
+def draw(frame):
+    """All parts of the picture."""
+    parts = draw_axis(frame) + draw_legend(frame)
+    for number, bar in enumerate(frame.run.bars):
         if bar.parent is not None:
-            parts.append(draw_fork(frame, bar, by_name[bar.parent]))
-        parts += draw_bar(frame, bar, number)
-    parts += draw_checks(frame)
-    parts += draw_votes(frame)
-    body = "\n".join(parts)
-    label = escaped(summary(run))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="run" role="group" '
-            f'aria-label="{label}" viewBox="0 0 {width} {frame.height:.0f}" '
-            f'width="{width}" height="{frame.height:.0f}">\n{body}\n</svg>')
+            parts.append(draw_fork(frame, bar))
+        parts.append(draw_path(frame, bar, number))
+    return parts + draw_checks(frame) + draw_votes(frame)
 
 
 def draw_axis(frame):
     """Grid lines and numbers of tokens."""
     longest = frame.run.longest
     step = tick_step(longest, max(2, (frame.width - 180) // 80))
+    y = frame.bottom + 18
     parts = []
     for tokens in range(0, longest + 1, step):
         x = frame.x(tokens)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.TOP - 6}" '
-                     f'y2="{frame.bottom + 4:.1f}"/>')
-        parts.append(f'<text class="quiet small middle number" x="{x:.1f}" '
-                     f'y="{frame.bottom + 18:.1f}">{tokens:,}</text>')
-    parts.append(f'<text class="quiet small" x="{frame.x(longest) + 12:.1f}" '
-                 f'y="{frame.bottom + 18:.1f}">new tokens</text>')
+        parts.append(upright(x, frame.TOP - 6, frame.bottom + 4, "grid"))
+        parts.append(words(x, y, f"{tokens:,}", "quiet small middle number"))
+    parts.append(words(frame.x(longest) + 12, y, "new tokens", "quiet small"))
     return parts
 
 
@@ -379,116 +411,109 @@ def draw_legend(frame):
     """The shades, with the scores at their ends."""
     low, high = score_range(frame.run)
     x = frame.width - 170
-    parts = [f'<text class="quiet small end number" x="{x - 6}" y="17">score {low:.2f}</text>']
+    parts = [words(x - 6, 17, f"score {low:.2f}", "quiet small end number")]
     for shade in range(SHADES):
-        parts.append(f'<rect class="s{shade}" x="{x + 12 * shade}" y="8" width="12" height="10"/>')
-    parts.append(f'<text class="quiet small number" x="{x + 12 * SHADES + 6}" y="17">{high:.2f}'
-                 "</text>")
+        parts.append(box(x + 12 * shade, 8, 12, 10, f"s{shade}"))
+    parts.append(words(x + 12 * SHADES + 6, 17, f"{high:.2f}", "quiet small number"))
     return parts
 
 
-def draw_bar(frame, bar, number):
+def draw_path(frame, bar, number):
     """A path: its name and score, its bar, and its answer."""
     top, height = frame.rows[bar.name]
     middle = top + height / 2
     thick = height * 0.62
-    shade = shade_of(frame.run, bar.score)
     start = frame.x(bar.start)
     length = max(1.0, frame.x(bar.end) - start)
-    parts = [f'<g class="path" data-path="{number}" role="button" tabindex="-1" '
-             f'aria-label="{escaped(described(bar))}">',
-             f'<rect class="hit" x="0" y="{top:.1f}" width="{frame.width}" '
-             f'height="{height:.1f}"/>']
+    kept = bar.status != "pruned"
+    parts = [box(0, top, frame.width, height, "hit")]
     if height >= 12:
-        baseline = middle + 4
-        strong = "" if bar.status == "pruned" else " strong"
-        quiet = " quiet" if bar.status == "pruned" else ""
-        parts.append(f'<text class="small end number{quiet}" x="40" y="{baseline:.1f}">'
-                     f"{escaped(bar.name)}</text>")
-        parts.append(f'<text class="small end number{quiet}{strong}" x="{frame.LEFT - 10}" '
-                     f'y="{baseline:.1f}">{bar.score:.2f}</text>')
-    parts.append(f'<rect class="bar s{shade}" x="{start:.1f}" y="{middle - thick / 2:.1f}" '
-                 f'width="{length:.1f}" height="{thick:.1f}" rx="{min(3, thick / 2):.1f}"/>')
-    if bar.status != "pruned":
+        label = "small end number" if kept else "small end number quiet"
+        strong = label + " strong" if kept else label
+        parts.append(words(40, middle + 4, bar.name, label))
+        parts.append(words(frame.LEFT - 10, middle + 4, f"{bar.score:.2f}", strong))
+    shade = shade_of(frame.run, bar.score)
+    radius = min(3, thick / 2)
+    parts.append(box(start, middle - thick / 2, length, thick, f"bar s{shade}", radius))
+    if kept:
         parts.append(draw_answer(frame, bar, start + length + 8, middle + 4))
-    return [*parts, "</g>"]
+    return tag("g", "".join(parts), class_="path", data_path=number, role="button", tabindex="-1",
+               aria_label=described(bar))
 
 
 def draw_answer(frame, bar, x, y):
     """What stands behind the end of a kept path."""
-    room = max(4, int((frame.width - x) / 7))
     if not bar.voted:
-        return f'<text class="quiet small" x="{x:.1f}" y="{y:.1f}">{bar.status}</text>'
+        return words(x, y, bar.status, "quiet small")
     if bar.answer is None:
-        return f'<text class="quiet small" x="{x:.1f}" y="{y:.1f}">no answer</text>'
-    return (f'<text class="strong{tone(bar.right)}" x="{x:.1f}" y="{y:.1f}">'
-            f"{escaped(shortened(bar.answer, room))}{mark(bar.right)}</text>")
+        return words(x, y, "no answer", "quiet small")
+    room = max(4, int((frame.width - x) / 7) - len(MARKS[bar.right]))
+    answer = shortened(bar.answer, room)
+    return words(x, y, answer + MARKS[bar.right], "strong" + TONES[bar.right])
 
 
-def tone(right):
-    """The class of something right or wrong, or not known."""
-    return {True: " good", False: " bad", None: ""}[right]
-
-
-def mark(right):
-    """The sign of something right or wrong, or not known."""
-    return {True: " ✓", False: " ✗", None: ""}[right]
-
-
-def draw_fork(frame, bar, parent):
+def draw_fork(frame, bar):
     """From the bar that a path branched off to its own."""
     x = frame.x(bar.start)
-    above = frame.middle(parent)
-    own = frame.middle(bar)
-    return (f'<path class="fork" d="M{x - 7:.1f} {above:.1f} V{own - 4:.1f} '
-            f'Q{x - 7:.1f} {own:.1f} {x:.1f} {own:.1f}"/>')
+    above = frame.middle(bar.parent)
+    own = frame.middle(bar.name)
+    line = f"M{x - 7:.1f} {above:.1f} V{own - 4:.1f} Q{x - 7:.1f} {own:.1f} {x:.1f} {own:.1f}"
+    return tag("path", class_="fork", d=line)
 
 
 def draw_checks(frame):
-    """A line a check, with what happened there."""
+    """A line a check, with how many went on."""
     run = frame.run
     parts = []
     for number, (checkpoint, went_on) in enumerate(run.checks):
         x = frame.x(checkpoint)
-        y = frame.TOP - 14 - 14 * (number % 2)
-        parts.append(f'<line class="check" x1="{x:.1f}" x2="{x:.1f}" y1="{y + 4}" '
-                     f'y2="{frame.bottom + 4:.1f}"/>')
-        parts.append(f'<text class="small strong" x="{x + 6:.1f}" y="{y + 3}">check at '
-                     f"{checkpoint:,}: {went_on} go on</text>")
-    space = frame.bottom - (frame.first_pruned or frame.bottom)
-    if len(run.checks) == 1 and space >= 44:
-        x = frame.x(run.checks[0][0]) + 18
-        y = frame.first_pruned + space / 2
-        pruned = sum(bar.status == "pruned" for bar in run.bars)
-        parts.append(f'<text class="quiet" x="{x:.1f}" y="{y - 4:.1f}">{pruned} paths end here</text>')
-        parts.append(f'<text class="quiet small number" x="{x:.1f}" y="{y + 13:.1f}">'
-                     f"{run.tokens:,} tokens; about {run.saved:.0%} saved</text>")
+        y = frame.TOP - 11 - 14 * (number % 2)  # neighbours do not write over each other
+        parts.append(upright(x, y + 2, frame.bottom + 4, "check"))
+        parts.append(words(x + 6, y, f"check at {checkpoint:,}: {went_on} go on", "small strong"))
+    if len(run.checks) == 1 and frame.first_pruned is not None:
+        parts += draw_savings(frame)
     return parts
+
+
+def draw_savings(frame):
+    """What pruning left out, beside the ends of pruned paths, where there is room for it."""
+    run = frame.run
+    space = frame.bottom - frame.first_pruned
+    if space < 44:
+        return []
+    x = frame.x(run.checks[0][0]) + 18
+    y = frame.first_pruned + space / 2
+    saved = f"{run.tokens:,} tokens; about {run.saved:.0%} saved"
+    return [words(x, y - 4, f"{counted(frame.pruned, 'path')} pruned", "quiet"),
+            words(x, y + 13, saved, "quiet small number")]
 
 
 def draw_votes(frame):
     """The answers, a square for each vote."""
     run = frame.run
-    y = frame.votes_top
-    parts = [f'<text class="strong" x="16" y="{y - 14:.1f}">The vote</text>']
+    parts = [words(16, frame.votes_top - 14, "The vote", "strong")]
     if not run.votes:
-        parts.append(f'<text class="quiet" x="{frame.LEFT}" y="{y + 6:.1f}">no answer</text>')
-    for place, vote in enumerate(votes_shown(run)):
-        baseline = y + place * frame.VOTE + 6
-        strong = " strong" if place == 0 else ""
-        parts.append(f'<text class="end{strong}{tone(vote.bars[0].right)}" x="{frame.LEFT - 10}" '
-                     f'y="{baseline:.1f}">{escaped(shortened(vote.answer, 10))}</text>')
-        room = frame.width - frame.LEFT - 230
-        step = min(15, room / len(vote.bars))
-        for i, bar in enumerate(sorted(vote.bars, key=lambda bar: -bar.score)):
-            parts.append(f'<rect class="s{shade_of(run, bar.score)}" '
-                         f'x="{frame.LEFT + i * step:.1f}" y="{baseline - 10:.1f}" '
-                         f'width="{step * 0.8:.1f}" height="12" rx="2"/>')
-        x = frame.LEFT + len(vote.bars) * step + 6
-        count = counted(len(vote.bars), "vote")
-        parts.append(f'<text class="quiet small number{strong}" x="{x:.1f}" y="{baseline:.1f}">'
-                     f"{count}, weight {vote.weight:.2f}{mark(vote.bars[0].right)}</text>")
+        parts.append(words(frame.LEFT, frame.votes_top + 6, "no answer", "quiet"))
+    for place, vote in enumerate(run.votes[:MOST_VOTES]):
+        y = frame.votes_top + place * frame.VOTE + 6
+        parts += draw_vote(frame, vote, y, " strong" if place == 0 else "")
     return parts
+
+
+def draw_vote(frame, vote, y, strong):
+    """One answer, its votes, and their number and weight. strong: a class of the winner."""
+    right = vote.bars[0].right
+    room = frame.width - frame.LEFT - 150
+    step = min(15.0, room / len(vote.bars))
+    answer = shortened(vote.answer, 10)
+    parts = [words(frame.LEFT - 10, y, answer, "end" + strong + TONES[right])]
+    scores = sorted((bar.score for bar in vote.bars), reverse=True)
+    for i, score in enumerate(scores):
+        shade = shade_of(frame.run, score)
+        parts.append(box(frame.LEFT + i * step, y - 10, step * 0.8, 12, f"s{shade}", 2))
+    total = f"{counted(len(scores), 'vote')}, weight {sum(scores):.2f}{MARKS[right]}"
+    x = frame.LEFT + len(scores) * step + 6
+    return [*parts, words(x, y, total, "quiet small number" + strong)]
 
 
 def counted(number, noun):
@@ -498,34 +523,40 @@ def counted(number, noun):
 
 def summary(run):
     """A run in one line."""
-    checks = ", ".join(f"{went_on} go on at {checkpoint:,} tokens" for checkpoint, went_on in
-                       run.checks)
+    parts = [counted(run.launched, "path") + " launched"]
+    for checkpoint, went_on in run.checks:
+        parts.append(f"{went_on} went on at {checkpoint:,} tokens")
+    parts.append(f"{run.tokens:,} tokens decoded, about {run.saved:.0%} saved")
     answer = shortened(run.votes[0].answer, 40) if run.votes else "none"
-    return f"{counted(run.launched, 'path')}; {checks}; the vote's answer: {answer}"
+    parts.append(f"the vote's answer: {answer}")
+    return "; ".join(parts)
+
+
+ENDS = {"eos": "finished", "length": "cut at the limit", "pruned": "pruned",
+        "decided": "stopped, as the vote was decided"}
 
 
 def described(bar):
     """A path in one line."""
-    status = {"eos": "finished", "length": "cut at the limit", "pruned": "pruned",
-              "decided": "stopped, as the vote was decided"}[bar.status]
-    parts = [f"path {bar.name}", f"score {bar.score:.3f}", status, f"{bar.end:,} tokens"]
+    parts = [f"path {bar.name}", f"score {bar.score:.3f}", ENDS[bar.status],
+             f"{bar.end:,} tokens"]
     if bar.parent is not None:
         parts.append(f"{bar.start:,} of them inherited from {bar.parent}")
     if bar.voted:
         answer = "none" if bar.answer is None else shortened(bar.answer, 60)
-        parts.append(f"answer {answer}{mark(bar.right)}")
+        parts.append(f"answer {answer}{MARKS[bar.right]}")
     return ", ".join(parts)
 
 
 def svg(run, width=960):
     """The picture as a file of its own."""
-    style = f"<style>{palette()}{SVG_STYLE}</style>"
-    card = '<rect width="100%" height="100%" rx="8" style="fill:var(--paper)"/>'
-    title = f"<title>{escaped(summary(run))}</title>"
-    heading = (f'<text class="strong" x="16" y="20" style="font-size:14px">'
-               f"{counted(run.launched, 'path')} of one question</text>")
-    head, _, body = drawing(run, width).partition("\n")
-    return f"{head}\n{title}\n{style}\n{card}\n{heading}\n{body}\n"
+    frame = Frame(run, width)
+    heading = f"{counted(run.launched, 'path')} of one question"
+    own = [tag("title", escaped(summary(run))),
+           f"<style>{palette()}{SVG_STYLE}</style>",
+           box(0, 0, width, frame.height, "card", 8),
+           words(16, 20, heading, "strong heading")]
+    return wrapped(frame, own + draw(frame)) + "\n"
 
 
 # -------------------------------------------------------------------------------------------- the page
@@ -535,22 +566,25 @@ PAGE_STYLE = f"""
 body{{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 {FONT}}}
 main{{max-width:1400px;margin:0 auto;padding:28px 28px 40px}}
 h1{{font-size:20px;margin:0 0 4px}} .quiet{{color:var(--quiet)}}
-.question{{white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto;margin:12px 0 20px;
-  padding:10px 14px;border-left:3px solid var(--line)}}
-.columns{{display:grid;grid-template-columns:minmax(0,960px) minmax(280px,1fr);gap:28px;align-items:start}}
+.question{{white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto;
+  margin:12px 0 20px;padding:10px 14px;border-left:3px solid var(--line)}}
+.columns{{display:grid;grid-template-columns:minmax(0,960px) minmax(280px,1fr);gap:28px;
+  align-items:start}}
 .texts{{position:sticky;top:16px;max-height:calc(100vh - 32px);overflow:auto;
   border:1px solid var(--line);border-radius:8px;padding:14px 16px;box-sizing:border-box}}
 article h2{{font-size:15px;margin:0}} article p{{margin:0 0 10px}}
 .text{{font:13px/1.65 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;
   overflow-wrap:anywhere}}
-.cut{{display:block;margin:6px 0;border-top:1px dashed var(--quiet);color:var(--quiet);font:11px {FONT}}}
+.cut{{display:block;margin:6px 0;border-top:1px dashed var(--quiet);color:var(--quiet);
+  font:11px {FONT}}}
 .wrong{{background:var(--bad-paper);color:var(--bad);border-radius:3px;
   text-decoration:underline wavy;text-underline-offset:3px;text-decoration-thickness:1px}}
 .path{{cursor:pointer;outline:none}} .path .bar{{transition:opacity .1s}}
 .path.shown .hit{{fill:var(--line);opacity:.55}} .path:focus-visible .hit{{stroke:var(--ink)}}
 .narrow{{display:none}}
 @media (max-width:1100px){{.columns{{grid-template-columns:minmax(0,1fr)}}
-  .texts{{top:auto;bottom:0;max-height:44vh;background:var(--paper);box-shadow:0 -6px 18px rgb(0 0 0/.12)}}}}
+  .texts{{top:auto;bottom:0;max-height:44vh;background:var(--paper);
+    box-shadow:0 -6px 18px rgb(0 0 0/.12)}}}}
 @media (max-width:700px){{main{{padding:16px 12px}} .wide{{display:none}} .narrow{{display:block}}}}
 @media print{{article[hidden]{{display:block!important}} .texts{{max-height:none}}}}
 """
@@ -591,6 +625,10 @@ for (const bar of bars) {
 keep("0");
 """
 
+# Scripts: the one above, known by its digest. Nothing is fetched, sent or framed.
+POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+          "script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -600,12 +638,14 @@ PAGE = """<!doctype html>
 <title>A run of STOP</title>
 <link rel="icon" href="data:,">
 <style>{style}</style>
-<noscript><style>article[hidden]{{display:block}} .texts{{max-height:none;position:static}}</style></noscript>
+<noscript><style>
+article[hidden]{{display:block}} .texts{{max-height:none;position:static}}
+</style></noscript>
 </head>
 <body>
 <main>
 <h1>{heading}</h1>
-<div class="quiet">{about}</div>
+<div class="quiet">{about}. Point at a bar to read its path; a click or the arrow keys keep it.</div>
 <div class="question">{question}</div>
 <div class="columns">
 <div><div class="wide">{wide}</div><div class="narrow">{narrow}</div></div>
@@ -623,16 +663,12 @@ PAGE = """<!doctype html>
 def page(run):
     """The picture as an HTML page."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = (f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-              f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
-    answer = shortened(run.votes[0].answer, 80) if run.votes else "none"
-    right = run.votes[0].bars[0].right if run.votes else None
     articles = [article(bar, number) for number, bar in enumerate(run.bars)]
     return PAGE.format(
-        policy=policy,
+        policy=POLICY.format(digest=digest),
         style=palette() + SVG_STYLE + PAGE_STYLE,
-        heading=f"The vote’s answer: {escaped(answer)}{mark(right)}",
-        about=escaped(about(run)),
+        heading=escaped(verdict(run)),
+        about=escaped(summary(run)),
         question=broken(escaped(run.question)),
         wide=drawing(run, 960),
         narrow=drawing(run, 380),
@@ -640,21 +676,21 @@ def page(run):
         script=SCRIPT)
 
 
-def about(run):
-    """The line under the page's heading."""
-    checks = "; ".join(f"{went_on} went on at {checkpoint:,} tokens" for checkpoint, went_on in
-                       run.checks)
-    return (f"{counted(run.launched, 'path')} launched; {checks}; {run.tokens:,} tokens decoded, "
-            f"about {run.saved:.0%} saved. Point at a bar to read its path; a click or the arrow "
-            "keys keep it.")
+def verdict(run):
+    """The page's heading."""
+    if not run.votes:
+        return "No answer"
+    winner = run.votes[0]
+    return f"Answer: {shortened(winner.answer, 80)}{MARKS[winner.bars[0].right]}"
 
 
 def article(bar, number):
     """A path's text on the page."""
-    hidden = "" if number == 0 else " hidden"
     name, _, rest = described(bar).partition(", ")
-    return (f'<article data-path="{number}"{hidden}><h2>{escaped(name)}</h2>'
-            f'<p class="quiet">{escaped(rest)}</p><div class="text">{text_of(bar)}</div></article>')
+    content = (tag("h2", escaped(name)) + tag("p", escaped(rest), class_="quiet")
+               + tag("div", text_of(bar), class_="text"))
+    shown_first = {} if number == 0 else {"hidden": ""}
+    return tag("article", content, data_path=number, **shown_first)
 
 
 def text_of(bar):
@@ -666,10 +702,10 @@ def text_of(bar):
     for start, end in zip(ordered, ordered[1:]):
         piece = broken(escaped(bar.text[start:end]))
         if bar.wrong is not None and bar.wrong[0] <= start < bar.wrong[1]:
-            piece = f'<mark class="wrong" title="here it goes wrong">{piece}</mark>'
+            piece = tag("mark", piece, class_="wrong", title="here it goes wrong")
         parts.append(piece)
         if end in labels:
-            parts.append(f'<span class="cut">{escaped(labels[end])}</span>')
+            parts.append(tag("span", escaped(labels[end]), class_="cut"))
     return "".join(parts)
 
 

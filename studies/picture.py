@@ -1,0 +1,92 @@
+"""A picture of one run, beside what is known of its question: right and wrong answers, and, on the
+embedded toy, the line where a path goes wrong.
+
+    python studies/picture.py                                  # writes runs/picture.html
+    python studies/picture.py --problem toy-test-0082 --n 8 --keep 2
+    python studies/picture.py --model M --data problems.jsonl --problem ID --out run.svg
+
+`python stop.py --prompt "..." --picture run.html` draws any question, without that knowledge.
+"""
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from plumbing import picture
+from plumbing.answers import extract_answer
+from plumbing.budget_plan import parse_cascade
+from plumbing.command_line import command_line, option, require_positive, shown
+from sample import open_model, room, sampling_of
+from shared import StopSettings, load_problems, load_stop
+from stop import launch_check_resume
+from toy.reading import wrong_part
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(StopSettings):
+    """What `python studies/picture.py` can be told."""
+    problem: str | None = option(None, "id of the problem (default: the first)")
+    n: int = option(64, "paths launched")
+    keep: int = option(8, "paths resumed")
+    prefix: int | None = option(
+        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
+    cascade: str | None = option(None, "several checkpoints, as stop.py takes them")
+    out: str = option("runs/picture.html", "file to write: a page (.html) or a drawing (.svg)")
+
+
+def find_problem(problems, name):
+    """The problem of this id, or the first."""
+    if name is None:
+        return problems[0]
+    for problem in problems:
+        if problem.id == name:
+            return problem
+    raise ValueError(f"problem: found {shown(name)}, expected the id of a problem in the data")
+
+
+def run_of(model, tokenizer, stop, problem, settings):
+    """The picture.Run of a problem."""
+    prompt = tokenizer.ask(problem)
+    limit = settings.max_new_tokens
+    if limit is None:
+        limit = stop.trained_limit()
+    prefix = settings.prefix
+    if prefix is None:
+        prefix = stop.trained_for()[0]
+    cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
+    checks = []
+
+    def answer_of(path):
+        return extract_answer(tokenizer.completion(path.ids), problem.kind)
+
+    def on_check(checkpoint, paths, kept):
+        checks.append((checkpoint, len(kept)))
+
+    paths = launch_check_resume(
+        model, stop, prompt, settings.n, settings.keep, prefix, cascade,
+        room(model, prompt, limit), **dataclasses.asdict(sampling_of(settings)), on_check=on_check)
+    voted = [len(path.ids) for path in paths if path.status != "pruned"]
+    tokens = sum(len(path.ids) - path.inherited for path in paths)
+    saved = 1 - tokens / (settings.n * sum(voted) / len(voted))  # as stop.py estimates it
+    return picture.record(
+        problem.problem, paths, checks, tokenizer, answer_of, saved, problem.kind, problem.answer,
+        functools.partial(wrong_part, problem.problem))
+
+
+def main(settings):
+    """Run, draw, write; the last line is one JSON object."""
+    require_positive(settings, "n", "keep", "prefix", "max_new_tokens", "batch")
+    Path(settings.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    picture.check_file(settings.out)
+    model, tokenizer = open_model(settings)
+    stop = load_stop(settings, model)
+    problem = find_problem(load_problems(settings), settings.problem)
+    run = run_of(model, tokenizer, stop, problem, settings)
+    picture.write(settings.out, run)
+    print(json.dumps({"picture": settings.out, "tokens": run.tokens, "saved": round(run.saved, 4)}))
+
+
+if __name__ == "__main__":
+    command_line(Settings, main)
