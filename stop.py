@@ -530,7 +530,7 @@ def check(settings):
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
     if settings.cascade is not None:
-        parse_cascade(settings.cascade)
+        check_stages(parse_cascade(settings.cascade), settings.n)
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")

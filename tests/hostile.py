@@ -1,0 +1,81 @@
+"""A small world for hostile tests: a checkpoint of 24 words, its problems, a trained STOP, prefixes
+to score; and the five scripts' entries, run in this process in fractions of a second."""
+import contextlib
+import io
+import json
+import sys
+
+import tokenizers
+from helpers import raw_config, write_checkpoint, write_lines
+
+import eval as evaluation
+import sample
+import stop
+import train
+from plumbing.command_line import command_line
+
+WORDS = ["<unk>", "<eos>", "\\boxed{0}", "\\boxed{1}", "\\boxed{2}", *"abcdefghijklmnopqrs"]
+SCRIPTS = {"sample": sample, "stop": stop, "score": stop, "eval": evaluation, "train": train}
+RECIPE = {
+    "paths": 4, "low": 0, "high": 4, "prefix": "4,2", "prefixes": 2, "rollouts": 2,
+    "max_new_tokens": 8, "m": 2, "rank": 2, "epochs": 2, "batch_size": 4, "accumulation": 2,
+    "lr": 0.01, "validation": 0.4, "n": 4, "keep": 2, "batch": 8, "device": "cpu",
+    "dtype": "float32"}
+PLAIN = ["--device", "cpu", "--dtype", "float32", "--batch", "8", "--max-new-tokens", "8"]
+
+
+def write_world(folder):
+    """A checkpoint with tokenizer, recipe, problems, prefixes and a trained STOP."""
+    raw = raw_config(
+        "qwen2", vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, eos_token_id=1)
+    write_checkpoint(folder, raw)
+    vocab = {word: number for number, word in enumerate(WORDS)}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    for name, letters in (("train", "abcde"), ("test", "fgh")):
+        problems = [{"problem": f"{a} {b}", "answer": "1", "id": a} for a, b in zip(letters, "mno" * 2)]
+        write_lines(folder / f"{name}.jsonl", problems)
+    records = [{"prefix_token_ids": list(range(5, 7 + i)), "soft_label": i / 8, "id": f"p{i // 2}"}
+               for i in range(8)]
+    write_lines(folder / "prefixes.jsonl", records)
+    status, _, err = run("train", folder, "--out", str(folder.parent / "made"))
+    assert status == 0, err
+    (folder.parent / "made" / "stop").rename(folder / "stop")
+    return folder
+
+
+def words_of(script, folder):
+    """The command line of a small, good run of a script, where flags may be added behind."""
+    return {
+        "sample": ["--prompt", "a b c", "--n", "3", *PLAIN],
+        "stop": ["--prompt", "a b c", "--n", "4", "--keep", "2", "--prefix", "4", *PLAIN],
+        "score": ["--score", str(folder / "prefixes.jsonl"), "--device", "cpu", "--batch", "3"],
+        "eval": ["--n", "4", "--keep", "2", *PLAIN],
+        "train": [],
+    }[script]
+
+
+def run(script, folder, *words):
+    """A script's entry with the command line of a good run and more words -> (status, stdout,
+    stderr). An error that is not one of the program's own lines comes through as it is."""
+    module = SCRIPTS[script]
+    before = sys.argv
+    sys.argv = [f"{script}.py", "--model", str(folder), *words_of(script, folder), *words]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            command_line(module.Settings, module.main, getattr(module, "recipe", None))
+    except SystemExit as error:
+        status = error.code
+    finally:
+        sys.argv = before
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return status, *texts
