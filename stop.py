@@ -46,7 +46,8 @@ class Stop(torch.nn.Module):
     head "sigmoid": one logit, soft binary cross-entropy (the paper, eq. 4). head "softmax": two
     logits, index 1 = good, soft cross-entropy (the authors' released code). targets None: all
     seven linears, or those of them that the model has. The head starts at zero, so that every
-    chance is one half; the tokens start at random with the spread of the model's embeddings. """
+    chance is one half; the tokens start at random with the spread of the model's embeddings.
+    """
 
     def __init__(self, model, m=4, rank=128, alpha=None, targets=None, head="sigmoid", shared=False,
                  dropout=0.0, seed=0):

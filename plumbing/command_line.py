@@ -4,7 +4,8 @@ its start.
 A script's settings are a dataclass, one field a flag. A flag comes before the checkpoint's
 recipe.json, and that before the dataclass's default. Each value's type is checked here, whether it
 comes from a flag or a recipe; ranges that several scripts share are checked here too, a script's
-own ranges in the script. """
+own ranges in the script.
+"""
 import argparse
 import contextlib
 import dataclasses

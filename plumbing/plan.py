@@ -2,7 +2,8 @@
 
 Tokens are those of paths, rollouts and the evaluation, at most (every path as long as it may be)
 until the lengths of real paths are known. Rates are measured on the machine at hand, by a few
-steps. """
+steps.
+"""
 import dataclasses
 
 

@@ -2,7 +2,8 @@
 moment.
 
 Nothing here belongs to the paper. Whatever a run leaves in its folder is written whole or not at
-all, and is believed later only if its seal says that this run wrote it. """
+all, and is believed later only if its seal says that this run wrote it.
+"""
 import contextlib
 import fcntl
 import glob

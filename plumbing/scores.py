@@ -4,7 +4,8 @@ traces if wanted.
 In: JSON lines with `prefix_token_ids` (plumbing/labels.py). Out: for each a line of: line, id,
 prefix (a digest of the ids), dtype, model and stop (digests of weights), label, logits, score. A
 trace is a file LINE.safetensors of the [STOP] positions' states: `layers` (layers, m, hidden)
-after each decoder layer, `hidden` (m, hidden) after the norm. """
+after each decoder layer, `hidden` (m, hidden) after the norm.
+"""
 import hashlib
 import json
 from pathlib import Path

@@ -2,7 +2,8 @@
 templates.
 
 The templates are abridged from the published ones (tools, earlier assistant turns), in their own
-spelling. The oracle is Jinja, set up as transformers sets it up. """
+spelling. The oracle is Jinja, set up as transformers sets it up.
+"""
 import datetime
 import json
 
