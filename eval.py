@@ -22,17 +22,18 @@ import torch
 
 from baselines import AGGREGATES, JUDGE, confidence, judge_scores, progress, redundancy
 from plumbing import processes
-from plumbing.answers import same_answer
+from plumbing.answers import extract_answer, same_answer
+from plumbing.budget_plan import plan_for, read_plans
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, command_line, option
 from plumbing.problems import read_problems
 from plumbing.records import locked, write_atomic
 from sample import check_prompts, open_model, room, sample_paths, sampling_of
-from stop import Stop, launch_check_resume, vote
+from stop import Stop, launch_check_resume, stop_digest, vote
 
 STOP = "STOP (IV)"
 COLUMNS = (
-    "avg", "gain", "stop_minus", "cons", "weighted", "pass", "saved",
+    "avg", "gain", "stop_minus", "cons", "weighted", "pass", "tokens", "saved",
     "auroc", "spearman", "pairwise", "calibration")
 
 
@@ -164,7 +165,9 @@ def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
     if (scores >= 0).all():
         values["weighted"] = vote_accuracy(problems, records, kept, scores)
     row = {key: interval(value) for key, value in values.items()}
-    row["saved"] = 1 - tokens_spent(lengths, kept, prefix, reread) / lengths.sum()
+    spent = tokens_spent(lengths, kept, prefix, reread)
+    row["tokens"] = spent / len(lengths)  # of a problem
+    row["saved"] = 1 - spent / lengths.sum()
     row["per_problem"] = values
     row["kept"] = kept
     return row | metrics(scores, right, chances)
@@ -273,6 +276,8 @@ class Settings(Common):
     judge: str | None = option(
         None, "reward model for type II (default: the model's judge/, if it has one)")
     judge_aggregate: str = option("last", "how rewards of steps become a score: last, min or mean")
+    budget: int | None = option(
+        None, "tokens a problem: the plan for them in STOP's plan.json is run too, a row of its own")
     verify: bool = option(
         False, "launch each problem again, with STOP's check, and compare the kept paths")
 
@@ -280,8 +285,8 @@ class Settings(Common):
 def check(settings, window, aggregate):
     """ValueError on a setting that cannot be. One that is None is not known yet."""
     sampling_of(settings)
-    positive = ("n", "keep", "prefix", "problems", "max_new_tokens", "batch")
-    given = {name: getattr(settings, name) for name in positive} | {"window": window}
+    positive = ("n", "keep", "prefix", "problems", "max_new_tokens", "batch", "budget")
+    given = {name: getattr(settings, name, None) for name in positive} | {"window": window}
     for name, found in given.items():
         if found is not None and found < 1:
             raise ValueError(f"{name}: found {found}, expected at least 1")
@@ -332,21 +337,103 @@ def verify_kept(model, stop, records, kept, settings):
             same.append(finished == expected)
             bar.update()
     same = processes.gather(same)
-    agree = sum(same)
+    report_same(same, settings.dtype)
+
+
+# A plan for a budget
+
+
+def run_plan(model, tokenizer, stop, problems, records, plan, settings):
+    """The finished paths of a BudgetPlan, run on each problem, the best first: {number: list of Path}
+    of the problems that are this process's share; and the tokens that each took."""
+    sampling = dataclasses.asdict(sampling_of(settings))
+    finished = {}
+    tokens = {}
+    share = processes.mine(range(len(problems)))
+    with progress(len(share), "problem", "plan") as bar:
+        for i in share:
+            paths = launch_check_resume(
+                model, stop, records[i]["prompt_ids"], plan.n, cascade=list(plan.stages),
+                max_new_tokens=settings.max_new_tokens, **sampling)
+            kept = [path for path in paths if path.status != "pruned"]
+            finished[i] = sorted(kept, key=lambda path: -path.score)
+            tokens[i] = sum(len(path.ids) - path.inherited for path in paths)
+            bar.update()
+    return finished, tokens
+
+
+def plan_row(model, tokenizer, stop, problems, records, plan, settings):
+    """(a row of the report: what a BudgetPlan is worth, run for real on the problems; whether each
+    problem's paths are those that a replay of the stored ones gives, where it can be replayed)."""
+    finished, tokens = run_plan(model, tokenizer, stop, problems, records, plan, settings)
+    found = []
+    for i, paths in finished.items():
+        problem = problems[i]
+        answers = [extract_answer(tokenizer.completion(path.ids), problem.kind) for path in paths]
+        right = [same_answer(answer, problem.answer, problem.kind) for answer in answers]
+        by_number = vote(answers, kind=problem.kind)
+        by_weight = vote(answers, [path.score for path in paths], problem.kind)
+        values = {
+            "avg": float(np.mean(right)),
+            "gain": float(np.mean(right) - np.mean(records[i]["right"])),
+            "pass": float(max(right)),
+            "cons": float(same_answer(by_number, problem.answer, problem.kind)),
+            "weighted": float(same_answer(by_weight, problem.answer, problem.kind)),
+            "tokens": tokens[i]}
+        if can_be_replayed(plan, len(records[i]["paths"])):
+            expected = replay(model, stop, records[i], plan)
+            values["replayed"] = {path.index: path.ids for path in paths} == expected
+        found.append(values)
+    found = processes.gather(found)
+    columns = {name: np.array([values[name] for values in found]) for name in found[0]}
+    same = columns.pop("replayed", None)
+    tokens = columns.pop("tokens")
+    row = {name: interval(values) for name, values in columns.items()}
+    row["tokens"] = float(tokens.mean())
+    total = sum(len(path) for record in records for path in record["paths"])
+    row["saved"] = 1 - tokens.sum() / total
+    row["per_problem"] = columns
+    row["expected"] = plan.expected
+    return row, same
+
+
+def can_be_replayed(plan, n):
+    """Whether n stored paths hold all that a plan needs: branches are paths of their own."""
+    return plan.n <= n and all(stage.branch == 1 for stage in plan.stages)
+
+
+def replay(model, stop, record, plan):
+    """{path number: its token ids} of the paths that a plan keeps, from a record's stored paths."""
+    alive = list(range(plan.n))
+    for checkpoint, keep, _ in plan.stages:
+        prefixes = [record["prompt_ids"] + record["paths"][i][:checkpoint] for i in alive]
+        scores = stop.score(model, prefixes, batch=64).tolist()
+        alive = sorted(alive[place] for place in select(scores, keep))
+    return {i: record["paths"][i] for i in alive}
+
+
+def report_same(same, dtype):
+    """Say on how many problems a second run kept the same paths and tokens; in float32 a problem that
+    differs is a ValueError."""
+    agree = int(sum(same))
     if processes.is_first():
         print(f"verify: {agree} of {len(same)} problems keep the same paths and tokens "
               "when launched again")
-    if agree < len(same) and settings.dtype == "float32":
+    if agree < len(same) and dtype == "float32":
         raise ValueError(
             f"verify: found {len(same) - agree} problems that differ, expected none in float32")
 
 
+# The whole protocol
+
+
 def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None,
-        aggregate="last", verify=False):
+        aggregate="last", verify=False, plan=None):
     """The whole protocol: prints the table, writes out/report.json, returns the report.
 
     settings: these, or train.py's. out: a pathlib.Path. judge: its (Decoder, Tokenizer), or None.
-    window, aggregate (judge_aggregate), verify: as in Settings. ValueError on a setting that cannot
+    window, aggregate (judge_aggregate), verify: as in Settings. plan: a BudgetPlan to run, or None.
+    ValueError on a setting that cannot
     be, before any path is sampled.
     """
     if not problems:
@@ -382,12 +469,29 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
     scorers |= shared(score, problems, records)
     report = {"settings": dataclasses.asdict(settings) | {"window": window}}
     report |= evaluate(problems, records, scorers, prefix, settings.keep, reread={JUDGE})
+    same = None
+    if plan is not None:
+        row, same = plan_row(model, tokenizer, stop, problems, records, plan, settings)
+        ahead = report["rows"][STOP]["per_problem"]["avg"] - row["per_problem"]["avg"]
+        row["stop_minus"] = interval(ahead)
+        report["rows"][f"plan for {plan.budget} tokens: {plan}"] = row
     if processes.is_first():
         print(table(report))
         write_report(report, out / "report.json")
     if verify:
         verify_kept(model, stop, records, report["rows"][STOP]["kept"], settings)
+        if same is not None:
+            report_same(same, settings.dtype)
     return report
+
+
+def read_plan(folder, stop, budget):
+    """The BudgetPlan for a budget in a STOP's folder. ValueError where there is none."""
+    plans = read_plans(folder, stop_digest(stop))
+    if plans is None:
+        raise ValueError(f"budget: found no plan.json in {folder}, expected one: "
+                         "studies/budget.py --write makes it")
+    return plan_for(plans, budget, folder)
 
 
 def main(settings):
@@ -397,6 +501,9 @@ def main(settings):
     problems = read_problems(settings.data or folder / "test.jsonl")[:settings.problems]
     model, tokenizer = open_model(settings)
     stop = Stop.load(settings.stop or folder / "stop", model)
+    plan = None
+    if settings.budget is not None:
+        plan = read_plan(settings.stop or folder / "stop", stop, settings.budget)
     judge = settings.judge
     if judge is None and (folder / "judge").is_dir():
         judge = str(folder / "judge")
@@ -407,7 +514,7 @@ def main(settings):
     with locked(out) if processes.is_first() else contextlib.nullcontext():
         report = run(
             model, tokenizer, stop, problems, settings, out, judge, settings.window,
-            settings.judge_aggregate, settings.verify)
+            settings.judge_aggregate, settings.verify, plan)
     if processes.is_first():
         print(json.dumps({"out": settings.out, **summary(report)}))
 
