@@ -609,7 +609,7 @@ function keep(number) {
 function move(bar, step) {
   const own = [...bar.parentElement.querySelectorAll(".path")];
   const next = own[own.indexOf(bar) + step];
-  if (next) next.focus();
+  if (next) { keep(next.dataset.path); next.focus(); }
 }
 
 for (const bar of bars) {
