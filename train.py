@@ -478,8 +478,10 @@ def fit(model, examples, settings, out, identity):
 
 
 def new_stop(model, settings):
-    """An untrained Stop."""
-    targets = None if settings.targets is None else settings.targets.split(",")
+    """An untrained Stop. targets "": no LoRA at all."""
+    targets = settings.targets
+    if targets is not None:
+        targets = targets.split(",") if targets else []
     return Stop(model, settings.m, settings.rank, settings.alpha, targets, settings.head,
                 settings.shared, settings.dropout, settings.seed)
 
