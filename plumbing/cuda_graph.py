@@ -1,7 +1,18 @@
 """One decode step, on CUDA captured as a graph and replayed: a step is hundreds of small kernels,
 and launching them one by one takes longer than running them.
 """
+from typing import NamedTuple
+
 import torch
+
+
+class Captured(NamedTuple):
+    """A captured step. Where a layer has a window, it holds for rows of at least `shortest`
+    positions: the keys that it reads begin at the shortest row's window."""
+    graph: torch.cuda.CUDAGraph
+    fed: torch.Tensor      # its input: token ids (B,)
+    hidden: torch.Tensor   # its output (B, hidden)
+    shortest: int
 
 
 class DecodeStep:
@@ -15,7 +26,8 @@ class DecodeStep:
         self.model = model
         self.captured = model.device.type == "cuda"
         self.group = 8 if self.captured else 1
-        self.graphs = {}  # (rows, slots read) -> (graph, its input, its output)
+        self.has_windows = set(model.config.windows) != {None}
+        self.graphs = {}  # (rows, slots read) -> Captured
 
     def __call__(self, tokens, cache):
         if not self.captured:
@@ -23,13 +35,13 @@ class DecodeStep:
         if cache.longest == cache.capacity:
             raise ValueError(f"KV cache: all of its {cache.capacity} positions are taken")
         span = min(cache.capacity, (cache.longest // 256 + 1) * 256)
-        if (cache.rows, span) not in self.graphs:
-            self._capture(tokens, cache, span)
-        graph, fed, hidden = self.graphs[cache.rows, span]
-        fed.copy_(tokens)
-        graph.replay()
+        step = self.graphs.get((cache.rows, span))
+        if step is None or self.has_windows and cache.counts.min() < step.shortest:
+            step = self._capture(tokens, cache, span)
+        step.fed.copy_(tokens)
+        step.graph.replay()
         cache.advance(1)
-        return hidden
+        return step.hidden
 
     def forget(self):
         """Drop the graphs: they read buffers that are no longer the cache's."""
@@ -48,4 +60,6 @@ class DecodeStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             hidden = self.model.run(fed[:, None], cache, span)[:, 0]
-        self.graphs[cache.rows, span] = (graph, fed, hidden)
+        step = Captured(graph, fed, hidden, int(cache.counts.min()))
+        self.graphs[cache.rows, span] = step
+        return step
