@@ -29,7 +29,7 @@ DARK = {
     "high": "#5fe3d0", "bad": "#ff9d6e", "bad-paper": "#43271a"}
 
 
-# ------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 
 
 @dataclasses.dataclass
@@ -191,7 +191,7 @@ def tally(bars, kind):
     return sorted(votes, key=lambda vote: -len(vote.bars))
 
 
-# ---------------------------------------------------------------------------------------- characters
+# --------------------------------------------------------------------------------------- characters
 
 
 HIDING = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -220,7 +220,7 @@ def shortened(text, length):
     return line if len(line) <= length else line[:length - 1] + "…"
 
 
-# ------------------------------------------------------------------------------------------- colours
+# ------------------------------------------------------------------------------------------ colours
 
 
 def mixed(low, high, share):
@@ -263,7 +263,7 @@ def shade_of(run, score):
     return min(SHADES - 1, int((score - low) / (high - low) * SHADES))
 
 
-# ----------------------------------------------------------------------------------------- the drawing
+# -------------------------------------------------------------------------------------- the drawing
 
 
 FONT = "ui-sans-serif,system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif"
@@ -559,7 +559,7 @@ def svg(run, width=960):
     return wrapped(frame, own + draw(frame)) + "\n"
 
 
-# -------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 PAGE_STYLE = f"""
@@ -645,7 +645,8 @@ article[hidden]{{display:block}} .texts{{max-height:none;position:static}}
 <body>
 <main>
 <h1>{heading}</h1>
-<div class="quiet">{about}. Point at a bar to read its path; a click or the arrow keys keep it.</div>
+<div class="quiet">{about}.
+Point at a bar to read its path; a click or the arrow keys keep it.</div>
 <div class="question">{question}</div>
 <div class="columns">
 <div><div class="wide">{wide}</div><div class="narrow">{narrow}</div></div>

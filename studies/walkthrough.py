@@ -65,8 +65,11 @@ class Page:
 
     def table(self, columns, rows):
         """Rows of cells under the names of their columns."""
-        lines = [columns, ["---"] * len(columns), *rows]
-        self.parts.append("\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines))
+        lines = []
+        for cells in (columns, ["---"] * len(columns), *rows):
+            line = " | ".join(map(str, cells))
+            lines.append(f"| {line} |")
+        self.parts.append("\n".join(lines))
 
     def text(self):
         """The whole page."""
@@ -145,7 +148,7 @@ def is_close(found, expected):
     return torch.allclose(found, expected, atol=CLOSE, rtol=CLOSE)
 
 
-# ----------------------------------------------------------------------------------------- the steps
+# ---------------------------------------------------------------------------------------- the steps
 
 
 def ask(walk):
@@ -161,8 +164,8 @@ def ask(walk):
         "an assertion in that script.")
     page.write("## The question x")
     page.code(walk.problem.problem)
-    page.write(f"The right answer is {walk.problem.answer}. A token of the toy is a word, a sign or "
-               f"a number; the question has {len(prompt)}:")
+    page.write(f"The right answer is {walk.problem.answer}. A token of the toy is a word, a sign "
+               f"or a number; the question has {len(prompt)}:")
     page.code(wrapped(prompt))
     page.claim(walk.tokenizer.decode(prompt) == walk.problem.problem,
                "the tokens spell the question, and nothing was added to it")
@@ -170,8 +173,10 @@ def ask(walk):
 
 def wrapped(ids):
     """Token ids, twenty a line."""
-    lines = [ids[start:start + 20] for start in range(0, len(ids), 20)]
-    return "\n".join(" ".join(f"{token:3}" for token in line) for line in lines)
+    lines = []
+    for start in range(0, len(ids), 20):
+        lines.append("".join(f"{token:4}" for token in ids[start:start + 20]))
+    return "\n".join(lines)
 
 
 def launch(walk):
@@ -184,18 +189,19 @@ def launch(walk):
     batch = Batch(model, paths, N, capacity, walk.limit, SAMPLING)
     page.write("## Launch")
     page.write(f"N = {N} paths start from the same question. It is read once, and its keys and "
-               f"values are copied to the {N} rows of a static cache of {capacity} positions a row.")
+               f"values are copied to the {N} rows of a static cache, of {capacity} positions each.")
     cache = batch.cache
-    first = [buffer[:1, :, :cache.longest] for buffer in cache.keys + cache.values]
-    rows = [buffer[:, :, :cache.longest] for buffer in cache.keys + cache.values]
-    page.claim(all(bool((row == one).all()) for row, one in zip(rows, first)),
+    held = [buffer[:, :, :cache.longest] for buffer in cache.keys + cache.values]
+    page.claim(all(map(rows_agree, held)),
                f"all rows hold the same {cache.longest} positions. The question's last token is "
                "not among them: the first step of decoding puts it there, and draws the first new "
                "token")
     with watched_linears(model) as seen:
         batch.decode(until=walk.checkpoint)
         batch.settle()
-    page.write(f"Each path is decoded up to the checkpoint of {walk.checkpoint} new tokens. The "
+    seen_in_training = ", ".join(map(str, sorted(walk.stop.trained_for())))
+    page.write(f"Each path is decoded up to the checkpoint of {walk.checkpoint} new tokens (this "
+               f"STOP was trained on prefixes of {seen_in_training} tokens). The "
                "token at position t of path i is drawn with a noise that depends on (seed, "
                "question, i, t) alone. The prefixes, with an arrow where one has gone wrong:")
     for path in paths:
@@ -208,6 +214,11 @@ def launch(walk):
     return batch
 
 
+def rows_agree(buffer):
+    """Whether all rows of a buffer hold the same."""
+    return bool((buffer == buffer[:1]).all())
+
+
 def check(walk, batch):
     """Check: what [STOP] adds, what LoRA does to it, and what the head reads. -> chances (N,)."""
     page = walk.page
@@ -215,14 +226,14 @@ def check(walk, batch):
     stop = walk.stop
     m = stop.m
     L = batch.cache.longest
-    spread = model.model.embed_tokens.weight.std().item()
+    own_spread = model.model.embed_tokens.weight.std()
     page.write("## Check")
     page.code("h = f([x; S])        p = sigmoid(w h_m + b)                       (equation 4)")
     page.write(
         f"S is m = {m} learned vectors of {stop.tokens.shape[1]} numbers, appended to each prefix "
         f"as if they were embeddings of tokens. Their spread is {stop.tokens.std():.2f}, that of "
-        f"the model's own embeddings {spread:.2f}. They take positions {L} to {L + m - 1}, in the "
-        f"dead slots behind each row's {L}.")
+        f"the model's own embeddings {own_spread:.2f}. They take positions {L} to {L + m - 1}, in "
+        f"the dead slots behind each row's {L}.")
     before = snapshot(batch.cache)
     with watched_linears(model) as seen:
         logits = stop(model, batch.cache)
@@ -253,13 +264,15 @@ def adapters(walk, seen):
     for linear, x, _, y in seen:
         pair = lora.pairs[linear.name]
         frozen = torch.nn.functional.linear(x, linear.weight, linear.bias)
-        update = lora.alpha / lora.rank * (x @ pair.lora_A.weight.T @ pair.lora_B.weight.T)
+        A = pair.lora_A.weight
+        B = pair.lora_B.weight
+        update = lora.alpha / lora.rank * (x @ A.T @ B.T)
         by_hand.append(is_close(y, frozen + update))
-        share = (update.norm() / frozen.norm()).item()
-        shares.setdefault(linear.name.rpartition(".")[2], []).append(share)
+        share = update.norm() / frozen.norm()
+        shares.setdefault(linear.name.rpartition(".")[2], []).append(f"{share:.2f}")
     page.write(f"r = {lora.rank}, alpha = {lora.alpha}. How large the second term is beside the "
                "first (the ratio of their norms in this pass):")
-    rows = [[name, *(f"{share:.2f}" for share in found)] for name, found in shares.items()]
+    rows = [[name, *found] for name, found in shares.items()]
     layers = [f"layer {layer}" for layer in range(walk.model.config.num_hidden_layers)]
     page.table(["linear", *layers], rows)
     active = [bool(adapter.active.all()) for _, _, adapter, _ in seen]
@@ -280,8 +293,8 @@ def head(walk, batch, logits):
         path.score = chance
         rows.append([path.index, f"{logit:.2f}", f"{chance:.2f}"])
     page.table(["path", "w h_m + b", "p"], rows)
-    page.claim(is_close(chances, scored), "`Stop.score` gives the same for the prefixes as lists of "
-               "token ids")
+    page.claim(is_close(chances, scored),
+               "`Stop.score` gives the same for the prefixes as lists of token ids")
     return chances
 
 
@@ -310,8 +323,7 @@ def worth(walk, batch, chances):
     groups = generate(walk.model, prefixes, ROLLOUTS, room, **dataclasses.asdict(SAMPLING))
     successes = []
     for path, group in zip(batch.live, groups):
-        right = [walk.is_right(path.ids + rollout.ids) for rollout in group]
-        successes.append(sum(right))
+        successes.append(sum(walk.is_right(path.ids + rollout.ids) for rollout in group))
     labels = torch.tensor(successes) / ROLLOUTS
     page.write("## What the prefixes were worth")
     page.code("s = right continuations / K        loss = -s log p - (1 - s) log(1 - p)")
@@ -320,9 +332,10 @@ def worth(walk, batch, chances):
     losses = torch.nn.functional.binary_cross_entropy(chances, labels, reduction="none")
     rows = []
     for path, count, chance, loss in zip(batch.live, successes, chances.tolist(), losses.tolist()):
-        on_course = wrong_part(walk.problem.problem, walk.tokenizer.decode(path.ids)) is None
-        rows.append([path.index, f"{chance:.2f}", f"{count} / {ROLLOUTS}",
-                     "no wrong line so far" if on_course else "has gone wrong", f"{loss:.2f}"])
+        wrong = wrong_part(walk.problem.problem, walk.tokenizer.decode(path.ids))
+        state = "no wrong line so far" if wrong is None else "has gone wrong"
+        right = f"{count} / {ROLLOUTS}"
+        rows.append([path.index, f"{chance:.2f}", right, state, f"{loss:.2f}"])
     page.table(["path", "p", "right continuations", "its lines", "loss"], rows)
     best = set(chances.topk(KEEP).indices.tolist())
     page.claim(best == set(labels.topk(KEEP).indices.tolist()),
@@ -336,17 +349,19 @@ def resume(walk, batch):
     paths = list(batch.live)
     alive, pruned = rank(paths, KEEP)
     held = batch.cache.nbytes
+    held_positions = N * batch.cache.capacity
     page.write("## Resume")
     page.code(f"gamma = k / N = {KEEP} / {N}")
     batch.prune(pruned)
     batch.resume(1, len(walk.prompt) + walk.limit)
-    names = " and ".join(str(path.index) for path in sorted(alive, key=lambda path: path.index))
+    kept = [path for path in paths if path in alive]
+    names = " and ".join(path.name for path in kept)
     page.write(f"Paths {names} go on; the rows of the other {N - KEEP} are freed.")
-    position_bytes = held // (N * (len(walk.prompt) + walk.checkpoint + walk.stop.m))
-    page.claim(batch.cache.nbytes == KEEP * batch.cache.capacity * position_bytes,
-               f"the cache has {KEEP} rows now, with room for {walk.limit} new tokens each")
+    page.claim(batch.cache.nbytes * held_positions == held * KEEP * batch.cache.capacity,
+               f"the cache has {KEEP} rows now, with room for {walk.limit} new tokens each, and "
+               "holds memory for no others")
     batch.decode(until=walk.limit)
-    for path in sorted(alive, key=lambda path: path.index):
+    for path in kept:
         page.code(f"path {path.index}, answer {walk.answer_of(path.ids)}\n{walk.lines(path.ids)}")
     return paths
 
@@ -378,9 +393,9 @@ def count_votes(walk, paths, whole):
     all_answers = [walk.answer_of(path.ids) for path in whole]
     spent = sum(len(path.ids) for path in paths)
     unpruned = sum(len(path.ids) for path in whole)
-    page.table(["", "answers", "the vote", "tokens"], [
-        [f"{N} paths, no check", ", ".join(map(str, all_answers)), vote(all_answers), unpruned],
-        [f"{KEEP} of {N} kept", ", ".join(map(str, answers)), vote(answers), spent]])
+    without = [f"{N} paths, no check", ", ".join(all_answers), vote(all_answers), unpruned]
+    with_check = [f"{KEEP} of {N} kept", ", ".join(answers), vote(answers), spent]
+    page.table(["", "answers", "the vote", "tokens"], [without, with_check])
     page.claim(same_answer(vote(answers), problem.answer),
                f"the vote of the kept paths is right: {problem.answer}")
     page.claim(not same_answer(vote(all_answers), problem.answer),
@@ -403,12 +418,10 @@ def ends_early(walk, whole):
         walk.model, walk.stop, walk.prompt, N, KEEP, late, max_new_tokens=walk.limit,
         on_check=on_check, **dataclasses.asdict(SAMPLING))
     page.write("## A path that ends before the checkpoint")
-    page.write(f"With the checkpoint at {late} tokens some paths have ended by then. Their rows have "
-               "left the cache, so they are read again, whole, and scored; they compete for the "
+    page.write(f"With the checkpoint at {late} tokens some paths have ended by then. Their rows "
+               "have left the cache, so they are read again, whole, and scored; they compete for the "
                f"{KEEP} places like the others. A kept one votes with the answer that it has; a "
-               "pruned one does not vote, although it has an answer. (This STOP was trained at "
-               f"{' and '.join(map(str, walk.stop.trained_for()))} tokens: so late its scores say "
-               "less.)")
+               "pruned one does not vote, although it has an answer.")
     ended = [path for path, length, _ in seen if length < late]
     scores = walk.stop.score(walk.model, [walk.prompt + path.ids for path in ended])
     rows = []

@@ -43,15 +43,18 @@ def drawn(tokenizer, paths, checks=((5, 2),), answers=None, **settings):
     def answer_of(path):
         return tokenizer.decode(path.ids) if answers is None else answers.get(path.name)
 
+    question = settings.pop("question", "1 + 1?")
     return picture.record(
-        settings.pop("question", "1 + 1?"), paths, list(checks), tokenizer, answer_of, 0.25, **settings)
+        question, paths, list(checks), tokenizer, answer_of, 0.25, **settings)
 
 
 def four_paths(tokenizer):
     """Two kept paths of 10 and 8 tokens, and two pruned at 5."""
     return [
-        path_of(tokenizer, 0, "a" * 5, 0.1, "pruned"), path_of(tokenizer, 1, "b" * 10, 0.7),
-        path_of(tokenizer, 2, "c" * 5, 0.3, "pruned"), path_of(tokenizer, 3, "d" * 8, 0.9, "length")]
+        path_of(tokenizer, 0, "a" * 5, 0.1, "pruned"),
+        path_of(tokenizer, 1, "b" * 10, 0.7),
+        path_of(tokenizer, 2, "c" * 5, 0.3, "pruned"),
+        path_of(tokenizer, 3, "d" * 8, 0.9, "length")]
 
 
 class Reader(html.parser.HTMLParser):
@@ -131,7 +134,8 @@ def test_a_branch_starts_where_it_branched_off_under_its_parent(tokenizer):
         path_of(tokenizer, 7, "a" * 4 + "c" * 8, 0.8, branches=(1, 1), inherited=8)]
     run = drawn(tokenizer, paths, checks=[(4, 2), (8, 4)])
     parents = {bar.name: bar.parent for bar in run.bars}
-    assert parents == {"7.0.0": None, "7.0.2": "7.0.0", "7.1.0": "7.0.0", "7.1.1": "7.1.0", "8": None}
+    assert parents == {
+        "7.0.0": None, "7.0.2": "7.0.0", "7.1.0": "7.0.0", "7.1.1": "7.1.0", "8": None}
     assert list(parents) == ["7.0.0", "7.0.2", "7.1.0", "7.1.1", "8"]
     assert run.tokens == 12 + 4 + 8 + 4 + 4
     drawing = picture.svg(run)
@@ -224,7 +228,7 @@ def test_the_wrong_line_is_marked(tokenizer):
     assert marked == ["wr", "ong."]  # the check stands between
 
 
-# -------------------------------------------------------------------- where a path of the toy goes wrong
+# --------------------------------------------------------------- where a path of the toy goes wrong
 
 
 def load_make():
@@ -265,11 +269,12 @@ def test_another_question_has_no_wrong_line():
     assert wrong_part("What is 1 + 1?", "Next finds 3 : 1 + 3 = 5 . <nl>") is None
 
 
-# -------------------------------------------------------------------------------------- command lines
+# ------------------------------------------------------------------------------------ command lines
 
 
-QUESTION = ("Q : Tom has 14 pens . buys 3 , drops 3 . buys 7 , drops 4 . finds 2 . finds 5 . loses 4 . "
-            "finds twice as many again . loses 4 . What is the count ? <nl>")
+QUESTION = (
+    "Q : Tom has 14 pens . buys 3 , drops 3 . buys 7 , drops 4 . finds 2 . finds 5 . loses 4 . "
+    "finds twice as many again . loses 4 . What is the count ? <nl>")
 
 
 @pytest.mark.parametrize("file, opening", [("run.html", "<!doctype html>"), ("run.svg", "<svg ")])
@@ -277,7 +282,8 @@ def test_stop_draws_its_run(monkeypatch, capsys, tmp_path, file, opening):
     monkeypatch.chdir(ROOT)
     status, out, _ = call_script(
         monkeypatch, capsys, stop, "--prompt", QUESTION, "--n", 6, "--keep", 2, "--prefix", 20,
-        "--max-new-tokens", 60, "--device", "cpu", "--dtype", "float32", "--picture", tmp_path / file)
+        "--max-new-tokens", 60, "--device", "cpu", "--dtype", "float32",
+        "--picture", tmp_path / file)
     assert status == 0 and json.loads(out.splitlines()[-1])["n"] == 6
     assert (tmp_path / file).read_text(encoding="utf-8").startswith(opening)
 
@@ -294,8 +300,8 @@ def test_a_picture_that_cannot_be_is_refused_at_once(monkeypatch, capsys, tmp_pa
 
 def test_the_study_marks_wrong_lines(tmp_path):
     status, out, err = run_script("studies/picture.py", [
-        "--problem", "toy-test-0082", "--n", 6, "--keep", 2, "--device", "cpu", "--dtype", "float32",
-        "--out", tmp_path / "run.html"])
+        "--problem", "toy-test-0082", "--n", 6, "--keep", 2, "--device", "cpu",
+        "--dtype", "float32", "--out", tmp_path / "run.html"])
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["tokens"] > 0
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
@@ -303,10 +309,10 @@ def test_the_study_marks_wrong_lines(tmp_path):
         re.findall(r"<mark[^>]*>(.*?)</mark>", page))
 
 
-# ---------------------------------------------------------------------------------------- in a browser
+# ------------------------------------------------------------------------------------- in a browser
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 
@@ -314,10 +320,11 @@ def opened(folder, page):
     """(the DOM after the page's scripts ran, what the browser complained about)."""
     file = folder / "run.html"
     file.write_text(page, encoding="utf-8")
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900", "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120)
+    profile = folder / "profile"
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        f"--user-data-dir={profile}", "--window-size=1400,900", "--dump-dom", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, complaints
 
