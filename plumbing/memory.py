@@ -13,7 +13,7 @@ from plumbing import processes
 
 MOST_ROWS = 1024  # more rows a step than this no longer raise the rate
 PREFILL_TOKENS = 8192  # positions of one prefill pass: enough to keep a GPU busy
-SHARE = 0.9  # of the free memory; the rest is for allocators and fragments
+SHARE = 0.85  # of the free memory; the rest is for allocators, fragments and other programs
 SCORE_COPIES = 12  # bytes an attention score: float32 scores, their softmax, one in the making
 PATH_BYTES = 500  # of a sample.Path that has not begun
 GB = 1e9
