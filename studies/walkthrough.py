@@ -189,7 +189,7 @@ def launch(walk):
     batch = Batch(model, paths, N, capacity, walk.limit, SAMPLING)
     page.write("## Launch")
     page.write(f"N = {N} paths start from the same question. It is read once, and its keys and "
-               f"values are copied to the {N} rows of a static cache, of {capacity} positions each.")
+               f"values are copied to the {N} rows of a static cache of {capacity} positions.")
     cache = batch.cache
     held = [buffer[:, :, :cache.longest] for buffer in cache.keys + cache.values]
     page.claim(all(map(rows_agree, held)),
@@ -419,8 +419,8 @@ def ends_early(walk, whole):
         on_check=on_check, **dataclasses.asdict(SAMPLING))
     page.write("## A path that ends before the checkpoint")
     page.write(f"With the checkpoint at {late} tokens some paths have ended by then. Their rows "
-               "have left the cache, so they are read again, whole, and scored; they compete for the "
-               f"{KEEP} places like the others. A kept one votes with the answer that it has; a "
+               "have left the cache, so they are read again, whole, and scored; they compete for "
+               f"the {KEEP} places like the others. A kept one votes with the answer that it has; a "
                "pruned one does not vote, although it has an answer.")
     ended = [path for path, length, _ in seen if length < late]
     scores = walk.stop.score(walk.model, [walk.prompt + path.ids for path in ended])
