@@ -78,6 +78,7 @@ def make_stop(case, model):
 
 
 def random_ids(count, vocab, generator):
+    """`count` token ids below `vocab`."""
     return torch.randint(vocab, (count,), generator=generator).tolist()
 
 
@@ -121,7 +122,7 @@ class Run:
     name: str
     clauses: tuple
     n: int
-    stages: tuple            # ((checkpoint, keep), ...)
+    stages: tuple            # ((checkpoint, keep) or (checkpoint, keep, branch), ...)
     max_new_tokens: int
     temperature: float
     top_k: int
@@ -139,6 +140,8 @@ RUNS = (
         prompt_length=523, first_seed=2 ** 63 + 2 ** 33 + 5),
     Run("cascade", ("R2", "R3", "R4", "R6", "R7"), 16, ((3, 9), (7, 5)), 12, 1.3, 50, 0.9,
         prompt_length=2, first_seed=12345678901234567, eos_step=13),
+    Run("branches", ("R5", "R6", "R7", "R9"), 9, ((4, 3, 3), (8, 4, 2)), 14, 1.2, 60, 0.98,
+        prompt_length=12, first_seed=2 ** 50 + 7, eos_step=23),
     Run("ties", ("R4", "S2"), 5, ((4, 2),), 8, 0.0, 40, 0.95,
         prompt_length=30, first_seed=3, zero_head=True))
 
@@ -182,6 +185,7 @@ def distributions(generator):
     large = torch.randn(700, generator=generator).numpy() * 3
     tied = np.round(torch.randn(40, generator=generator).numpy() * 2)
     near = [1.0, 1.01, 0.99, 1.005, 0.5, 1.012]
+    almost_equal = [1.0, 1 + 2 ** -21, 1 + 2 ** -20, 0.9]
     return [
         distribution("everything", ["S1", "S3", "S4"], small, 0.6, 20, 0.95),
         distribution("the paper's settings", ["S1", "S3", "S4"], large, 0.6, 40, 0.95),
@@ -202,11 +206,14 @@ def distributions(generator):
         distribution("all equal", ["S3", "S4"], [1, 1, 1, 1, 1, 1], 0.8, 2, 0.5),
         distribution("a mass of p just before the crossing", ["S4", "S5"],
                      [0.0, -0.6931472, -0.6931472], 1.0, 0, 0.5),
+        distribution("a mass of p at the crossing, in float64", ["S4", "S5"],
+                     [0.0, -0.6933140754699707, -0.6933140754699707], 1.0, 0, 0.5000417237274095),
         distribution("p of very little", ["S4"], small, 1.0, 0, 1e-9),
         distribution("greedy", ["S2"], small, 0.0, 40, 0.95),
         distribution("greedy with equals", ["S2"], [1, 5, 2, 5, 5, 0], 0.0, 0, 1.0),
         distribution("a temperature close to zero", ["S1", "S2"], near, 0.01, 0, 1.0),
-        distribution("a temperature closer to zero", ["S1", "S2"], near, 0.001, 4, 0.99)]
+        distribution("a temperature closer to zero", ["S1", "S2"], near, 0.001, 4, 0.99),
+        distribution("a temperature of almost zero", ["S1", "S2"], almost_equal, 1e-6, 0, 1.0)]
 
 
 def draw_problem(name, clauses, probabilities, numbers):
@@ -251,7 +258,8 @@ def key_problems(generator):
     """Seeds, prompts and path indices whose keys are asked for."""
     short = random_ids(4, 500, generator)
     long = random_ids(1100, 150000, generator)
-    seeds = [0, 1, 255, 256, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 53 + 1, 2 ** 63, 2 ** 64 - 1, -1]
+    seeds = [0, 1, 255, 256, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 53 + 1, 2 ** 63, 2 ** 64 - 1,
+             -1]
     problems = []
     for seed in seeds:
         problems.append({"seed": str(seed), "prompt_ids": short, "index": 0})
@@ -292,6 +300,7 @@ def sampler_inputs():
 
 
 def rank_problem(clauses, scores, keep):
+    """Scores of which the best `keep` are asked for."""
     return {
         "clauses": list(clauses),
         "scores": np.asarray(scores, dtype=np.float32),
@@ -299,6 +308,7 @@ def rank_problem(clauses, scores, keep):
 
 
 def vote_problem(answers, weights=None, clauses=("R8",)):
+    """Answers, and their weights (None: one vote each), whose winner is asked for."""
     return {"clauses": list(clauses), "answers": answers, "weights": weights, "kind": "math"}
 
 

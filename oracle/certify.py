@@ -88,6 +88,7 @@ def row_line(name, row, summary):
 
 
 def print_rows(compared):
+    """Print the table of all rows."""
     print(f"{'case':9}{'row':15}{'result':10}{'worst':10}{'allowed':10}{'clauses':18}first place")
     for name, about in compared.items():
         for row, results in about["rows"].items():
@@ -118,6 +119,7 @@ def find_causes(compared):
 
 
 def any_failure(compared, rows):
+    """Whether any case fails in one of these rows."""
     for about in compared.values():
         for row, results in about["rows"].items():
             if row in rows and summary_of(results).state == FAIL:
@@ -126,6 +128,7 @@ def any_failure(compared, rows):
 
 
 def print_causes(causes):
+    """Print where each chain of computation first fails, and why if that is known."""
     for about in causes:
         first = f"{about['case']}: first failure at {about['row']}{about['place']}"
         if about["cause"] is not None:

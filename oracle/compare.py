@@ -40,7 +40,7 @@ CHAINS = {
     "run": ("uninterrupted", "paths", "kept")}
 
 CLAUSES = {
-    "hidden": ["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D11", "D12", "D13", "D14"],
+    "hidden": [f"D{number}" for number in range(1, 15)],
     "next_logits": ["D12"],
     "stop.layers": ["C1", "C2", "C3", "C4", "C5", "C6", "C9"],
     "stop.hidden": ["C6"],
@@ -57,8 +57,8 @@ CLAUSES = {
     "ranks": ["R4"],
     "votes": ["R8"],
     "uninterrupted": ["R1", "R2", "S8", "S9"],
-    "paths": ["R2", "R3", "R5", "R6", "R7"],
-    "kept": ["R4", "R7"]}
+    "paths": ["R2", "R3", "R5", "R6", "R7", "R9"],
+    "kept": ["R4", "R7", "R9"]}
 
 PASS = "PASS"
 FAIL = "FAIL"
@@ -129,6 +129,7 @@ def compare_numbers(row, expected, found):
 
 
 def shortened(value):
+    """The repr of a found value, cut to 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -145,9 +146,9 @@ def compare_exact(row, expected, found):
     if row == "keys":
         expected = normalised_key(expected)
         found = normalised_key(found)
-    if row in ("kept_sets", "kept", "ranks") and is_list_of_integers(found):
-        expected = sorted(expected)
-        found = sorted(found)
+    if row in ("kept_sets", "kept", "ranks") and isinstance(found, list):
+        expected = sorted(expected, key=str)
+        found = sorted(found, key=str)
     if found == expected and type(found) is type(expected):
         return Result(PASS)
     if isinstance(found, list) and isinstance(expected, list):
@@ -158,33 +159,46 @@ def compare_exact(row, expected, found):
 
 
 def is_list_of_integers(value):
+    """Whether a value is a list of integers."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def paths_by_index(paths):
-    """{index: path} of a run's paths in any order, or None where they are none."""
+def name_of(path):
+    """A path's index and, where it branched, its branches: 7 or 7.0.2. None where it has none."""
+    branches = path.get("branches", [])
+    if type(path.get("index")) is not int or not is_list_of_integers(branches):
+        return None
+    return ".".join([str(number) for number in (path["index"], *branches)])
+
+
+def paths_by_name(paths):
+    """{name: path} of a run's paths in any order, or None where they are none."""
     if not isinstance(paths, list):
         return None
     found = {}
     for path in paths:
-        if not isinstance(path, dict) or type(path.get("index")) is not int:
+        name = name_of(path) if isinstance(path, dict) else None
+        if name is None:
             return None
-        found[path["index"]] = path
+        found[name] = path
     return found if len(found) == len(paths) else None
 
 
 def compare_paths(expected, found):
     """The Result of one run's paths: tokens and statuses equal, scores within tolerance."""
-    by_index = paths_by_index(found)
-    if by_index is None:
+    by_name = paths_by_name(found)
+    if by_name is None:
         return Result(FAIL, ": expected objects of index, ids, status and score", math.inf)
-    if by_index.keys() != {path["index"] for path in expected}:
-        return Result(FAIL, f": {len(by_index)} paths, expected {len(expected)}", math.inf)
+    names = {name_of(path) for path in expected}
+    if by_name.keys() != names:
+        odd = min(by_name.keys() ^ names)
+        where = "not expected" if odd in by_name else "missing"
+        return Result(FAIL, f": path {odd} is {where}", math.inf)
     largest = 0.0
     missing_score = False
     for path in expected:
-        given = by_index[path["index"]]
-        place = f" path {path['index']}"
+        given = by_name[name_of(path)]
+        place = f" path {name_of(path)}"
         if given.get("ids") != path["ids"]:
             return Result(FAIL, f"{place}: ids{first_difference(path['ids'], given.get('ids'))}",
                           math.inf)
@@ -209,6 +223,7 @@ def compare_paths(expected, found):
 
 
 def first_difference(expected, found):
+    """The place in brackets where two lists first differ."""
     if not isinstance(found, list):
         return f" {shortened(found)}"
     for i in range(max(len(expected), len(found))):
@@ -258,7 +273,8 @@ def summary_of(results):
     largest = max((result.difference for result in shown), default=0.0)
     allowed = max((result.allowed for result in shown), default=0.0)
     if len(shown) < len(results):
-        return Result(NOT_SHOWN, f" {len(shown)} of {len(results)}" if shown else "", largest, allowed)
+        part = f" {len(shown)} of {len(results)}" if shown else ""
+        return Result(NOT_SHOWN, part, largest, allowed)
     return Result(PASS, "", largest, allowed)
 
 
@@ -286,13 +302,16 @@ def matches_numbers(row, wrong, expected, found, rounded):
 
 
 def root_mean_square(values):
+    """The root of the mean square of an array."""
     return float(np.sqrt((values ** 2).mean()))
 
 
-def with_wrong_paths(expected, changed):
-    """A run's paths in which those of a mistake replace the ones expected."""
-    by_index = {path["index"]: path for path in changed}
-    return [by_index.get(path["index"], path) for path in expected]
+def with_wrong_paths(expected, wrong):
+    """A run's paths as a mistake has them: some are "value", others "gone"."""
+    by_name = {name_of(path): path for path in expected}
+    for path in wrong["value"]:
+        by_name[name_of(path)] = path
+    return [path for name, path in by_name.items() if name not in wrong.get("gone", [])]
 
 
 def matches(row, wrong, expected, found, rounded=False):
@@ -300,7 +319,7 @@ def matches(row, wrong, expected, found, rounded=False):
     if row in FLOATS:
         return matches_numbers(row, wrong, expected, found, rounded)
     if row in PATH_ROWS:
-        wrong = with_wrong_paths(expected, wrong["value"])
+        wrong = with_wrong_paths(expected, wrong)
         return compare_paths(wrong, found).state != FAIL
     return compare_exact(row, wrong["value"], found).state == PASS
 
@@ -339,7 +358,7 @@ def is_touched(mistake, case, row, results):
 
 
 def candidates(mistakes, case, chain, expected, found, rows):
-    """The mistakes that explain the first failing row of a chain in one case, and the rows before it.
+    """The mistakes that explain the first failing row of a chain in a case, and the rows before it.
     rows: {row: {label: Result}} of the case."""
     order = [row for row in CHAINS[chain] if row in rows]
     failing = [row for row in order if summary_of(rows[row]).state == FAIL]
@@ -357,6 +376,7 @@ def candidates(mistakes, case, chain, expected, found, rows):
 
 
 def explains_rows(mistake, case, names, expected, found, rows):
+    """Whether a mistake gives what is shown of all these rows of a case."""
     for row in names:
         if not explains_row(mistake, case, row, expected[row], found.get(row), rows[row]):
             return False

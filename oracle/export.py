@@ -1,4 +1,4 @@
-"""Write a STOP in the layout of the authors' released code (section 3's module as their script saves it).
+"""Write a STOP (section 3) in the layout of the authors' released code, as their script saves it.
 
     python oracle/export.py --stop FOLDER --model M --out DIR
 

@@ -17,6 +17,7 @@ def read_hand_in(folder, name, expected):
 
 
 def check_names(found, expected, file):
+    """Raise ValueError on the name of a row that the case does not have."""
     for key in found:
         if key not in expected:
             known = ", ".join(expected)
@@ -37,6 +38,7 @@ def add_tensors(found, tensors, expected, file):
             check_names([row], expected, file)
             if not place.isascii() or not place.isdigit() or int(place) >= len(expected[row]):
                 last = len(expected[row]) - 1
-                raise ValueError(f"{file}: {shorten(key)}: unknown, expected {row}.0 to {row}.{last}")
+                raise ValueError(
+                    f"{file}: {shorten(key)}: unknown, expected {row}.0 to {row}.{last}")
             entries = found.setdefault(row, [None] * len(expected[row]))
             entries[int(place)] = values

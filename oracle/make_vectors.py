@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -20,7 +21,7 @@ import manifest  # noqa: E402
 import mistakes  # noqa: E402
 import reference  # noqa: E402
 from plumbing.command_line import command_line, option  # noqa: E402
-from sample import draw, generate, path_key, probabilities  # noqa: E402
+from sample import draw, generate, probabilities  # noqa: E402
 from stop import launch_check_resume  # noqa: E402
 from vector_files import stop_in_json, write_json  # noqa: E402
 
@@ -41,7 +42,7 @@ class Settings:
 
 
 def is_firm(logits, noise, tokens, run):
-    """Whether `tokens` (T,) follow from logits (T, V) and noise (T,) where all of it moves a little."""
+    """Whether `tokens` (T,) follow from logits (T, V) and noise (T,) if all moves a little."""
     generator = torch.Generator().manual_seed(0)
     if run["temperature"] == 0:
         top = logits.topk(2, dim=-1).values
@@ -63,20 +64,18 @@ def paths_are_firm(model, run, paths):
     for path in paths:
         ids = torch.tensor([prompt + path.ids])
         logits = model.logits(model(ids)[0, len(prompt) - 1:-1])
-        key = path_key(int(run["seed"]), prompt, path.index)
-        noise = reference.numbers_of(key, list(range(len(path.ids))))
+        noise = reference.path_numbers(run, path.index, path.branches, len(path.ids))
         if not is_firm(logits, noise, path.ids, run):
             return False
     return True
 
 
 def gaps_are_wide(checks, zero_head):
-    """Whether every check's last path kept leads the first one pruned. checks: [(scores, keep)]"""
+    """Whether at every check the last path kept leads the first one pruned."""
     if zero_head:
         return True
-    for scores, keep in checks:
-        ranked = sorted(scores, reverse=True)
-        if keep < len(ranked) and ranked[keep - 1] - ranked[keep] <= CLOSE_SCORES:
+    for check in checks:
+        if check.left and min(check.stayed) - max(check.left) <= CLOSE_SCORES:
             return False
     return True
 
@@ -95,27 +94,35 @@ def shows_enough(name, paths, run):
         return bool(ended and at_check and len(going_on) >= 2)
     if name == "cascade":
         return bool(ended and on_limit)
+    if name == "branches":
+        early = [path for path in paths if path.status == "eos" and len(path.ids) <= 4]
+        twice = {tuple(path.ids) for path in kept if len(path.branches) == 2}
+        return bool(early and len(twice) >= 4)
     return True
 
 
 @torch.inference_mode()
 def find_seed(model, stop, run, vocab):
-    """The first seed from run.first_seed on with which the run shows enough and nothing is close."""
+    """The first seed from run.first_seed on that shows enough and leaves no decision close."""
     for seed in range(run.first_seed, run.first_seed + 3000):
         inputs = cases.run_inputs(run, seed, vocab)
         checks = []
 
         def record(checkpoint, paths, kept):
-            alive = [path for path in paths if path.index in alive_indices]
-            checks.append(([path.score for path in alive], len(kept)))
-            alive_indices.intersection_update(path.index for path in kept)
+            stayed = [path.score for path in kept]
+            left = [path.score for path in paths if path.status == "pruned"
+                    and path not in before]
+            before.extend(path for path in paths if path.status == "pruned")
+            checks.append(SimpleNamespace(stayed=stayed, left=left))
 
-        alive_indices = set(range(run.n))
+        before = []
         with reference.without_head(stop, run.zero_head):
             paths = launch_check_resume(
                 model, stop, inputs["prompt_ids"], run.n, cascade=run.stages, on_check=record,
                 **reference.settings_of(inputs))
         if not shows_enough(run.name, paths, inputs) or not gaps_are_wide(checks, run.zero_head):
+            continue
+        if not paths_are_firm(model, inputs, [path for path in paths if path.branches]):
             continue
         whole = generate(model, [inputs["prompt_ids"]], run.n, **reference.settings_of(inputs))[0]
         if paths_are_firm(model, inputs, whole):

@@ -8,7 +8,7 @@ from vector_files import file_digest, write_json
 
 HERE = Path(__file__).resolve().parent
 VERSION = "1.0.0"
-GOLDEN = "golden: transformers 5.23.0, peft 0.21.2 and the authors' released code; see golden/README.md"
+GOLDEN = "golden: transformers 5.23.0, peft 0.21.2 and the authors' code; see golden/README.md"
 OURS = "ours: oracle/make_vectors.py"
 
 

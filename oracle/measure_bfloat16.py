@@ -44,7 +44,7 @@ def measure(case, found):
     model = case.model()
     stop = case.stop(model)
     for number, run in enumerate(cases.read_case(case.name)["runs"]):
-        if not follow.is_shown(found, number):
+        if follow.branches(run) or not follow.is_shown(found, number):
             continue
         result = follow.follow_run(model, stop, run, found, number)
         if result["fault"]:
@@ -61,6 +61,7 @@ def larger(numbers):
 
 
 def main():
+    """Measure all, and write the table."""
     torch.set_num_threads(1)
     table = {"rows": {}, "runs": {}, "measured": {}}
     for case in cases.CASES:

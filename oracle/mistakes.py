@@ -9,15 +9,15 @@ import torch
 
 import cases
 from compare import CHAINS, FLOATS, allowed_difference, as_numbers, compare_paths, entries_of
-from compare import PATH_ROWS, PASS
+from compare import PASS, PATH_ROWS, name_of
 from vector_files import write_json
 from plumbing.records import read_json
 from wrong_decoder import DECODER, ROUNDED, SCORE, Port
-from wrong_run import CHECK, PATHS, RESUME, wrong_run_rows
+from wrong_run import BRANCHES, CHECK, PATHS, RESUME, wrong_run_rows
 from wrong_sampler import CHOICES, SAMPLER, choices_rows, sampler_rows
 from wrong_training import TRAINING, training_rows
 
-TITLES = DECODER | SCORE | TRAINING | PATHS | CHECK | RESUME | SAMPLER | CHOICES
+TITLES = DECODER | SCORE | TRAINING | PATHS | CHECK | RESUME | BRANCHES | SAMPLER | CHOICES
 LONGEST = 300        # longer prefixes are not tried with mistakes
 SHOWS = 20           # a mistake counts where it moves a number by so many times what is allowed
 LARGEST = 10         # places shown of an entry: where it changes most,
@@ -46,13 +46,25 @@ def numbers_entry(row, expected, wrong):
     return {"at": at, "values": values}, units
 
 
+def paths_entry(expected, wrong):
+    """The paths that a mistake changes, and the names of those that are gone."""
+    right = {name_of(path): path for path in expected}
+    changed = []
+    for path in wrong:
+        name = name_of(path)
+        if name not in right or compare_paths([right[name]], [path]).state != PASS:
+            changed.append(path)
+    gone = sorted(right.keys() - {name_of(path) for path in wrong})
+    if not changed and not gone:
+        return None, 0.0
+    entry = {"value": changed}
+    return (entry | {"gone": gone} if gone else entry), SHOWS + 1
+
+
 def exact_entry(row, expected, wrong):
+    """The same as `numbers_entry` for what must be equal."""
     if row in PATH_ROWS:
-        changed = []
-        for right, path in zip(expected, wrong):
-            if compare_paths([right], [path]).state != PASS:
-                changed.append(path)
-        return ({"value": changed}, SHOWS + 1) if changed else (None, 0.0)
+        return paths_entry(expected, wrong)
     if wrong == expected:
         return None, 0.0
     return {"value": wrong}, SHOWS + 1
@@ -101,7 +113,7 @@ def port_rows(case, model, stop, inputs, wrong):
 
 
 class Writer:
-    """What each mistake gives in every case: read from the files that are there, and written again."""
+    """What each mistake gives in every case, on top of what its file holds already."""
 
     def __init__(self, out, renewed, keys):
         """renewed: names of the cases that are made again, for the mistakes `keys`."""
@@ -155,7 +167,7 @@ def add_model_case(writer, case, out):
         found = training_rows(model, stop, prefixes, inputs["labels"], key)
         writer.add(key, "model", case.name, expected, found)
     if inputs["runs"]:
-        for key in writer.wanted(PATHS | CHECK | RESUME):
+        for key in writer.wanted(PATHS | CHECK | RESUME | BRANCHES):
             found = wrong_run_rows(model, stop, inputs["runs"], expected, key)
             writer.add(key, "run", case.name, expected, found)
 

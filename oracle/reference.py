@@ -6,7 +6,8 @@ entry for each prefix, rows of runs one for each run.
 import numpy as np
 import torch
 
-from sample import draw, generate, path_key, prefill, probabilities, uniform
+from compare import LEVELS
+from sample import branch_key, draw, generate, path_key, prefill, probabilities, uniform
 from stop import Path, launch_check_resume, logits_and_states, rank, vote
 
 LAST = 4  # hidden states are shown at the last so many positions of a prefix
@@ -21,6 +22,18 @@ def numbers_of(key, positions):
     """A path's numbers (T,) float64 in [0, 1) for these positions."""
     keys = torch.full((len(positions),), signed(key))
     return uniform(keys, torch.tensor(positions))
+
+
+def path_numbers(run, index, branches, count):
+    """The numbers (count,) of a path that took these branches of a run."""
+    key = path_key(int(run["seed"]), run["prompt_ids"], index)
+    numbers = numbers_of(key, list(range(count)))
+    checkpoints = [stage[0] for stage in run["stages"] if len(stage) == 3 and stage[2] > 1]
+    for checkpoint, branch in zip(checkpoints, branches):
+        if branch > 0:
+            key = branch_key(key, checkpoint, branch) % 2 ** 64
+        numbers[checkpoint:] = numbers_of(key, list(range(count)))[checkpoint:]
+    return numbers
 
 
 @torch.inference_mode()
@@ -45,7 +58,7 @@ def score_rows(model, stop, prefixes):
 
 
 def training_rows(model, stop, prefixes, labels):
-    """The loss of the labelled prefixes, and its gradients under the names of the STOP's tensors."""
+    """The loss of the labelled prefixes, and its gradients by the names of the STOP's tensors."""
     cache, _ = prefill(model, prefixes[:len(labels)], stop.m)
     stop.zero_grad()
     loss = stop.loss(stop(model, cache), torch.tensor(labels))
@@ -58,7 +71,7 @@ def training_rows(model, stop, prefixes, labels):
 
 def sampler_rows(inputs):
     """Probabilities, kept sets, draws, keys, noise and tokens of the problems without a model."""
-    rows = {"probabilities": [], "kept_sets": [], "draws": [], "keys": [], "noise": [], "tokens": []}
+    rows = {row: [] for row in LEVELS["sampler"]}
     for problem in inputs["distributions"]:
         logits = torch.tensor(np.asarray(problem["logits"], dtype=np.float32))
         probs = probabilities(logits, problem["temperature"], problem["top_k"], problem["top_p"])
@@ -113,7 +126,8 @@ class without_head:
 
 def settings_of(run):
     """The sampling settings that `generate` and `launch_check_resume` take."""
-    settings = {key: run[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "eos_ids")}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "eos_ids")
+    settings = {name: run[name] for name in names}
     return settings | {"seed": int(run["seed"])}
 
 
@@ -121,11 +135,20 @@ def describe(paths):
     """Paths as a porter hands them in."""
     described = []
     for path in paths:
-        about = {"index": path.index, "ids": path.ids, "status": path.status}
+        about = {"index": path.index}
+        if path.branches:
+            about["branches"] = list(path.branches)
+        about |= {"ids": path.ids, "status": path.status}
         if path.score is not None:
             about["score"] = np.float32(path.score)
         described.append(about)
     return described
+
+
+def kept_names(paths):
+    """Which paths are not pruned: the index of each or, where it branched, its name."""
+    kept = [path for path in paths if path.status != "pruned"]
+    return [path.name if path.branches else path.index for path in kept]
 
 
 def run_rows(model, stop, runs):
@@ -140,7 +163,7 @@ def run_rows(model, stop, runs):
                 model, stop, prompt, run["n"], cascade=stages, **settings_of(run))
         rows["uninterrupted"].append(describe(whole))
         rows["paths"].append(describe(paths))
-        rows["kept"].append([path.index for path in paths if path.status != "pruned"])
+        rows["kept"].append(kept_names(paths))
     return rows
 
 

@@ -29,6 +29,7 @@ def post(url, request):
 
 
 def inputs_of(name, options):
+    """The inputs of a case: published, or fresh."""
     if options.fresh is not None:
         return follow.fresh_inputs(name, options.fresh)
     return cases.read_case(name)
@@ -38,10 +39,10 @@ def ask(url, name, options):
     """{row: value} of a case, gathered from an engine's answers."""
     url = url.rstrip("/")
     inputs = inputs_of(name, options)
-    dtype = options.dtype
     if name in cases.MODEL_FREE:
         return post(f"{url}/stop/{name}", inputs) or {}
-    about = {"case": name, "checkpoint": inputs["checkpoint"], "stop": inputs["stop"], "dtype": dtype}
+    about = {"case": name, "checkpoint": inputs["checkpoint"], "stop": inputs["stop"],
+             "dtype": options.dtype}
     found = {}
     for number, prefix in enumerate(inputs["prefixes"]):
         answer = post(f"{url}/stop/score", about | {"prefix_token_ids": prefix["ids"]})
@@ -50,8 +51,9 @@ def ask(url, name, options):
         for row, value in answer.items():
             entries = found.setdefault(row, [None] * len(inputs["prefixes"]))
             entries[number] = value
-    training = {"prefixes": [prefix["ids"] for prefix in inputs["prefixes"][:len(inputs["labels"])]],
-                "labels": inputs["labels"]}
+    labels = inputs["labels"]
+    labelled = [prefix["ids"] for prefix in inputs["prefixes"][:len(labels)]]
+    training = {"prefixes": labelled, "labels": labels}
     found |= post(f"{url}/stop/train", about | training) or {}
     for number, run in enumerate(inputs["runs"]):
         answer = post(f"{url}/stop/run", about | run)

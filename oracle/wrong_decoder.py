@@ -392,7 +392,7 @@ class Port:
         return {"hidden": hidden[-LAST:], "next_logits": F.linear(hidden[-1], head)}
 
     def score_entry(self, ids):
-        """{row: value} of the level `score` for one prefix; None where the mistake leaves nothing."""
+        """{row: value} of the level `score` for a prefix; None where the mistake leaves nothing."""
         vectors = self.stop_vectors()
         cached = self.cached_ids(ids)
         if len(vectors) == 0 or len(cached) == 0:

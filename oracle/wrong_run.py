@@ -10,7 +10,7 @@ import torch
 from model import Block, Positions
 from reference import numbers_of, without_head
 from sample import draw, path_key, probabilities
-from wrong_sampler import kept_indices
+from wrong_sampler import kept_indices, mix
 
 # In the paths themselves
 PATHS = {
@@ -43,6 +43,7 @@ CHECK = {
     "cascade-first": "a cascade makes its first check only",
     "cascade-last": "a cascade makes its last check only",
     "cascade-old-scores": "later checks of a cascade rank by the first check's scores",
+    "cascade-stale": "a path that ends between two checks keeps the score of its shorter prefix",
     "cascade-from-all": "later checks of a cascade choose among the pruned paths too",
     "paths-without-scores": "paths bear the score of the lowest index for all"}
 
@@ -61,6 +62,16 @@ RESUME = {
     "next-from-stop": "the first token behind the check is drawn from a [STOP] position",
     "rows-renumbered": "kept paths go on with the numbers of their new rows"}
 
+# Where paths branch
+BRANCHES = {
+    "branch-same": "branches of a path take the same numbers",
+    "branch-no-length": "the key of a branch leaves out the length at which it branched",
+    "branch-zero-folded": "branch 0 gets a key of its own too",
+    "branch-from-one": "branches are numbered from 1",
+    "branch-restarted": "the noise counter restarts at 0 where a path branches",
+    "branch-ended": "paths that have ended branch too",
+    "branch-whole": "a branch shows the tokens behind its branching only"}
+
 
 class Rows:
     """Passes over whole rows of one base model, with [STOP] vectors anywhere among the tokens."""
@@ -78,8 +89,8 @@ class Rows:
         return self.scores[key]
 
     def logits(self, x, positions, seen, active=None):
-        """Next-token logits (V,) at the last of the rows x (T, hidden), where seen(window) is (T, T)
-        bool and LoRA is active at `active` (T,) bool."""
+        """Next-token logits (V,) at the last of the inputs x (T, hidden), where seen(window) is
+        (T, T) bool and LoRA is active at `active` (T,) bool."""
         model = self.model
         T = len(x)
         places = Positions(model, positions[None], x.dtype)
@@ -260,8 +271,9 @@ def checked_run(rows, run, whole, wrong=None):
         candidates = list(range(n)) if wrong == "cascade-from-all" and cut else alive
         for index in alive:
             path = whole[index]
-            old = index in scores and path["status"] == "eos" and len(path["ids"]) < checkpoint
-            if not old:
+            ended = path["status"] == "eos" and len(path["ids"]) < checkpoint
+            stale = wrong == "cascade-stale" and index in scores and ended
+            if not stale:
                 scores[index] = prefix_score(rows, run, path, checkpoint, wrong)
             first_scores.setdefault(index, scores[index])
         ranked = first_scores if wrong == "cascade-old-scores" else scores
@@ -321,6 +333,101 @@ def described_run(rows, run, whole, kept, scores, cut, wrong):
     return {"paths": paths, "kept": sorted(kept)}
 
 
+# ------------------------------------------------------------------------------------- branches
+
+
+def branch_of(key, length, branch, wrong):
+    """The key of a branch: branch 0 keeps its path's."""
+    if wrong == "branch-from-one":
+        branch += 1
+    if branch == 0 and wrong != "branch-zero-folded" or wrong == "branch-same":
+        return key
+    if wrong == "branch-no-length":
+        return mix(key ^ branch)
+    return mix(mix(key ^ length) ^ branch)
+
+
+@torch.inference_mode()
+def decode_to(rows, run, path, until, wrong):
+    """Sample a branching run's path on, until it has so many tokens or has ended."""
+    prompt = run["prompt_ids"]
+    while path["status"] == "running" and len(path["ids"]) < until:
+        ids = path["ids"]
+        x = rows.embed(prompt + ids)
+        logits = rows.logits(x, torch.arange(len(x)), causal(len(x)))
+        probs = probabilities(logits, run["temperature"], run["top_k"], run["top_p"])
+        t = len(ids) - path["restart"]
+        ids.append(draw(probs[None], numbers_of(path["key"], [t])).item())
+        if ids[-1] in run["eos_ids"]:
+            path["status"] = "eos"
+        elif len(ids) == run["max_new_tokens"]:
+            path["status"] = "length"
+
+
+@torch.inference_mode()
+def branching_run(rows, run, wrong):
+    """The rows `paths` and `kept` of one run that branches."""
+    paths = []
+    for index in range(run["n"]):
+        key = path_key(int(run["seed"]), run["prompt_ids"], index)
+        paths.append({"index": index, "branches": [], "ids": [], "status": "running", "score": 0.0,
+                      "key": key, "restart": 0, "inherited": 0})
+    alive = list(paths)
+    for checkpoint, keep, copies in run["stages"]:
+        for path in alive:
+            decode_to(rows, run, path, checkpoint, wrong)
+            path["score"] = rows.score(run["prompt_ids"] + path["ids"])
+        alive.sort(key=place_in_ranking)
+        for path in alive[keep:]:
+            path["status"] = "pruned"
+        kept = alive[:keep]
+        alive = list(kept)
+        for path in kept:
+            if path["status"] == "running" or wrong == "branch-ended" and path["status"] == "eos":
+                new = branched(path, checkpoint, copies, wrong)
+                alive += new
+                paths += new
+    for path in alive:
+        decode_to(rows, run, path, run["max_new_tokens"], wrong)
+    names = []
+    for path in alive:
+        named = path["branches"]
+        names.append(".".join(map(str, [path["index"], *named])) if named else path["index"])
+    return {"paths": [described_path(path, wrong) for path in paths], "kept": names}
+
+
+def place_in_ranking(path):
+    """Sorts the paths of a branching run: the best first."""
+    return -path["score"], path["index"], path["branches"]
+
+
+def branched(path, length, copies, wrong):
+    """The new paths that a path branches into; it becomes the first of them itself."""
+    new = []
+    first = 1 if wrong == "branch-from-one" else 0
+    for number in range(1, copies):
+        new.append(path | {
+            "ids": list(path["ids"]),
+            "branches": path["branches"] + [number + first],
+            "key": branch_of(path["key"], length, number, wrong),
+            "restart": length if wrong == "branch-restarted" else path["restart"],
+            "inherited": length})
+    path["key"] = branch_of(path["key"], length, 0, wrong)
+    path["branches"] = path["branches"] + [first]
+    if wrong == "branch-restarted":
+        path["restart"] = length
+    return new
+
+
+def described_path(path, wrong):
+    """A path of a branching run as it is handed in."""
+    ids = path["ids"][path["inherited"]:] if wrong == "branch-whole" else path["ids"]
+    about = {"index": path["index"], "ids": ids, "status": path["status"]}
+    if path["branches"]:
+        about["branches"] = path["branches"]
+    return about | {"score": np.float32(path["score"])}
+
+
 def wrong_run_rows(model, stop, runs, expected, wrong):
     """{row: list of the runs' values}; None where the mistake was not tried on a run."""
     rows = Rows(model, stop)
@@ -333,6 +440,16 @@ def wrong_run_rows(model, stop, runs, expected, wrong):
             found["kept"].append(None)
             continue
         found["uninterrupted"].append(whole)
+        branching = len(run["stages"][0]) == 3
+        if branching and (wrong in BRANCHES or wrong is None):
+            result = branching_run(rows, run, wrong)
+            found["paths"].append(result["paths"])
+            found["kept"].append(result["kept"])
+            continue
+        if branching:
+            found["paths"].append(None)
+            found["kept"].append(None)
+            continue
         if wrong in RESUME and len(run["stages"]) > 1:
             found["paths"].append(None)
             found["kept"].append(None)

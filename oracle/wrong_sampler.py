@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from compare import LEVELS
 from plumbing.answers import same_answer
 
 SAMPLER = {
@@ -16,6 +17,10 @@ SAMPLER = {
     "temperature-floor-0.1": "the temperature has a floor",
     "temperature-floor-0.05": "the temperature has a floor",
     "temperature-floor-0.01": "the temperature has a floor",
+    "temperature-floor-0.001": "the temperature has a floor",
+    "temperature-floor-0.0001": "the temperature has a floor",
+    "temperature-floor-0.00001": "the temperature has a floor",
+    "temperature-small-is-greedy": "small temperatures are taken as 0",
     "temperature-zero-is-one": "temperature 0 samples as temperature 1 does",
     "greedy-last": "temperature 0 takes the highest id of equals",
     "top-k-ignored": "top-k is ignored",
@@ -27,6 +32,7 @@ SAMPLER = {
     "top-p-all": "top-p counts the mass that top-k removed, as if it came first",
     "top-p-short": "top-p drops the token that crosses p",
     "top-p-more": "top-p keeps one too many",
+    "top-p-inclusive-64": "top-p goes on where the mass before equals p",
     "top-p-inclusive": "top-p goes on where the mass before equals p",
     "top-p-ties-cut": "ties at top-p are cut",
     "ties-cut": "ties at top-k and at top-p are cut",
@@ -125,6 +131,8 @@ def probabilities(logits, temperature, top_k, top_p, wrong=None):
     V = len(logits)
     if wrong is not None and wrong.startswith("temperature-floor"):
         temperature = max(temperature, float(wrong.rpartition("-")[2]))
+    if wrong == "temperature-small-is-greedy" and temperature < 1e-5:
+        temperature = 0
     if temperature == 0:
         if wrong == "temperature-zero-is-one":
             return probabilities(logits, 1.0, top_k, top_p)
@@ -171,12 +179,14 @@ def kept_by_top_p(values, kept, top_p, wrong):
         return kept
     # As the rooms do: exponentials in float32, sums in float64.
     weights = np.exp(values).astype(np.float32).astype(np.float64)
+    if wrong == "top-p-inclusive-64":
+        weights = np.exp(values.astype(np.float64))
     order = np.argsort(-values, kind="stable")
     order = order[kept[order]]
     before = np.cumsum(weights[order]) - weights[order]
     total = weights.sum() if wrong == "top-p-all" else weights[kept].sum()
     stays = before < top_p * total
-    if wrong == "top-p-inclusive":
+    if wrong in ("top-p-inclusive", "top-p-inclusive-64"):
         stays = before <= top_p * total
     if wrong == "top-p-short":
         stays = np.cumsum(weights[order]) <= top_p * total
@@ -210,6 +220,7 @@ def draw(probs, number, wrong=None):
 
 
 def shift(x, bits, wrong):
+    """x >> bits; with `mix-signed` the sign is repeated."""
     if wrong == "mix-signed" and x >> 63:
         return (x >> bits) | (MASK ^ (MASK >> bits))
     return x >> bits
@@ -228,6 +239,7 @@ def mix(x, wrong=None):
 
 
 def fold(key, part, wrong):
+    """The key with one more part in it."""
     part = part & MASK
     if wrong == "fold-by-addition":
         return mix((key + part) & MASK, wrong)
@@ -235,6 +247,7 @@ def fold(key, part, wrong):
 
 
 def seed_of(seed, wrong):
+    """The seed as a port with this mistake takes it."""
     if wrong in ("seed-32", "seed-31", "seed-16", "seed-8"):
         return seed & (2 ** number_in(wrong) - 1)
     if wrong == "seed-53":
@@ -243,6 +256,7 @@ def seed_of(seed, wrong):
 
 
 def prompt_of(prompt, wrong):
+    """The prompt ids that a port with this mistake folds."""
     if wrong is None or not wrong.startswith("prompt-"):
         return prompt
     if wrong.startswith("prompt-last"):
@@ -258,6 +272,7 @@ def prompt_of(prompt, wrong):
 
 
 def index_of(index, wrong):
+    """The path index as a port with this mistake takes it."""
     if wrong in ("index-8", "index-16", "index-32", "index-64", "index-256"):
         return index % number_in(wrong)
     if wrong == "index-from-one":
@@ -325,7 +340,7 @@ def number_of_bits(bits, wrong):
 
 def sampler_rows(inputs, wrong=None):
     """All rows of the level `sampler`."""
-    rows = {"probabilities": [], "kept_sets": [], "draws": [], "keys": [], "noise": [], "tokens": []}
+    rows = {row: [] for row in LEVELS["sampler"]}
     for problem in inputs["distributions"]:
         probs = probabilities(problem["logits"], problem["temperature"], problem["top_k"],
                               problem["top_p"], wrong)
@@ -405,6 +420,7 @@ def vote(answers, weights, wrong=None):
 
 
 def first_spelling(group):
+    """How the first answer of a group is spelled."""
     return str(group["spellings"][0])
 
 

@@ -96,6 +96,7 @@ def step(model, stop, prefixes, labels, wrong):
 
 
 def loss_of(stop, logits, labels, wrong):
+    """The loss of head logits (B, 1 or 2) as a port with this mistake has it."""
     if wrong == "loss-hard":
         labels = (labels > 0.5).float()
     if wrong == "loss-inverted":

@@ -1,10 +1,12 @@
-"""A stranger's port of STOP in plain numpy, from oracle/README.md alone: it imports nothing of ours.
+"""A stranger's port of STOP in plain numpy, from oracle/README.md: it imports nothing of ours.
 
     python tests/port_numpy.py --out DIR [--cases qwen2,sampler]
 
 It reads safetensors by hand, keeps a KV cache a path, and checks on top of it. `wrong` makes one
-deliberate change, by the key of a mistake in oracle/vectors/mistakes: what the tests try certify with.
+deliberate change, named by the key of a mistake in oracle/vectors/mistakes: what the tests try
+certify with.
 """
+
 import argparse
 import json
 import math
@@ -28,13 +30,13 @@ def bf16(x):
 def read_safetensors(file):
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:8 + size])
+    header = json.loads(raw[8 : 8 + size])
     tensors = {}
     for name, about in header.items():
         if name == "__metadata__":
             continue
         start, stop = about["data_offsets"]
-        part = raw[8 + size + start:8 + size + stop]
+        part = raw[8 + size + start : 8 + size + stop]
         if about["dtype"] == "BF16":
             values = (np.frombuffer(part, np.uint16).astype(np.uint32) << 16).view(F)
         else:
@@ -43,7 +45,7 @@ def read_safetensors(file):
     return tensors
 
 
-CODES = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, 0, -.5, -1, -1.5, -2, -3, -4, -6], F)
+CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], F)
 
 
 def unpack(blocks, scales, w):
@@ -101,8 +103,10 @@ class Model:
             o = y["original_max_position_embeddings"]
             if w == "yarn-length":
                 o = c["max_position_embeddings"]
-            low, high = [self.D * math.log(o / (b * 2 * math.pi)) / (2 * math.log(theta))
-                         for b in (y["beta_fast"], y["beta_slow"])]
+            low, high = [
+                self.D * math.log(o / (b * 2 * math.pi)) / (2 * math.log(theta))
+                for b in (y["beta_fast"], y["beta_slow"])
+            ]
             if w == "yarn-truncate":
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, self.D - 1)
@@ -129,14 +133,22 @@ class Model:
         if name + ".bias" in self.t and short not in drop:
             y = y + self.t[name + ".bias"]
         a = self.st.get(name + ".lora_A.weight")
-        skip = {"lora-attention-only": ("gate_proj", "up_proj", "down_proj"), "lora-no-o": ("o_proj",),
-                "lora-qv-only": ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+        skip = {
+            "lora-attention-only": ("gate_proj", "up_proj", "down_proj"),
+            "lora-no-o": ("o_proj",),
+            "lora-qv-only": ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        }
         if a is None or on is None or short in skip.get(self.w, ()):
             return y
         r = self.s["rank"]
         alpha = self.s["alpha"]
-        z = {"lora-off": 0, "lora-unscaled": 1, "lora-r-over-alpha": r / alpha, "lora-alpha": alpha,
-             "lora-sqrt": alpha / r ** .5}.get(self.w, alpha / r)
+        z = {
+            "lora-off": 0,
+            "lora-unscaled": 1,
+            "lora-r-over-alpha": r / alpha,
+            "lora-alpha": alpha,
+            "lora-sqrt": alpha / r**0.5,
+        }.get(self.w, alpha / r)
         return y + F(z) * on[:, None] * ((x @ a.T) @ self.st[name + ".lora_B.weight"].T)
 
     def turn(self, x, pos, scale):
@@ -157,8 +169,11 @@ class Model:
         size = self.c.get("sliding_window")
         if self.kind == "gpt_oss":
             has = self.c["layer_types"][i] == "sliding_attention"
-            has = {"window-missing": False, "window-everywhere": True,
-                   "window-swapped": not has}.get(self.w, has)
+            has = {
+                "window-missing": False,
+                "window-everywhere": True,
+                "window-swapped": not has,
+            }.get(self.w, has)
             size = size + {"window-wide": 1, "window-narrow": -1}.get(self.w, 0)
             return size if has else None
         return size if self.w == "window-inert" and self.kind == "qwen2" else None
@@ -180,7 +195,9 @@ class Model:
         if self.w == "bfloat16-cache":
             k, v = bf16(k), bf16(v)
         n = len(cache[i][0])
-        cache[i] = [np.concatenate((old, new)) for old, new in zip(cache[i], (k, v, stops[:, None]))]
+        cache[i] = [
+            np.concatenate((old, new)) for old, new in zip(cache[i], (k, v, stops[:, None]))
+        ]
         k, v, kstop = cache[i]
         S = len(k)
         rep = self.H // self.K
@@ -188,18 +205,23 @@ class Model:
             k, v = np.tile(k, (1, rep, 1)), np.tile(v, (1, rep, 1))
         else:
             k, v = np.repeat(k, rep, 1), np.repeat(v, rep, 1)
-        scale = {"scale-missing": 1, "scale-hidden": self.c["hidden_size"] ** -.5}.get(
-            self.w, self.D ** -.5)
+        scale = {"scale-missing": 1, "scale-hidden": self.c["hidden_size"] ** -0.5}.get(
+            self.w, self.D**-0.5
+        )
         out = np.empty((T, self.H, self.D), F)
         for a in range(0, T, 256):
             b = min(a + 256, T)
             sc = np.einsum("thd,shd->hts", q[a:b], k, optimize=True) * F(scale)
-            seen = self.seen(i, np.arange(n + a, n + b), np.arange(S), pos[a:b], stops[a:b], kstop[:, 0])
+            seen = self.seen(
+                i, np.arange(n + a, n + b), np.arange(S), pos[a:b], stops[a:b], kstop[:, 0]
+            )
             sc[:, ~seen] = -np.inf
             sink = self.t.get(p + "sinks")
             if sink is not None and self.w != "sinks":
-                col = np.broadcast_to(sink[:, None, None] * F(scale if self.w == "sinks-scaled" else 1),
-                                      (self.H, b - a, 1))
+                col = np.broadcast_to(
+                    sink[:, None, None] * F(scale if self.w == "sinks-scaled" else 1),
+                    (self.H, b - a, 1),
+                )
                 pr = softmax(np.concatenate((sc, col), -1))[..., :-1]
             else:
                 pr = softmax(sc)
@@ -266,8 +288,14 @@ class Model:
         return out
 
     def new_cache(self):
-        return [[np.zeros((0, self.K, self.D), F), np.zeros((0, self.K, self.D), F),
-                 np.zeros((0, 1), bool)] for _ in range(self.N)]
+        return [
+            [
+                np.zeros((0, self.K, self.D), F),
+                np.zeros((0, self.K, self.D), F),
+                np.zeros((0, 1), bool),
+            ]
+            for _ in range(self.N)
+        ]
 
     def run(self, x, cache, pos, on=None, stops=None):
         """States after each layer and after the final norm; the cache grows."""
@@ -285,7 +313,7 @@ class Model:
 
     def embed(self, ids):
         x = self.t["model.embed_tokens.weight"][np.array(ids, int)]
-        return x * F(self.c["hidden_size"] ** .5) if self.w == "embedding-scaled" else x
+        return x * F(self.c["hidden_size"] ** 0.5) if self.w == "embedding-scaled" else x
 
     def place(self, pos):
         return np.minimum(pos, 63) if self.w == "positions-capped" else pos
@@ -303,35 +331,51 @@ class Model:
     def check(self, ids, head_zero=False):
         """(layers, hidden, logits, score) of a prefix."""
         w = self.w
-        ids = {"prefix-short": ids[:-1], "prefix-doubled": ids + ids[-1:],
-               "prefix-first": ids[1:]}.get(w, ids)
+        ids = {
+            "prefix-short": ids[:-1],
+            "prefix-doubled": ids + ids[-1:],
+            "prefix-first": ids[1:],
+        }.get(w, ids)
         if not ids:
             return None
         L = len(ids)
         lora = None
         if w in ("lora-everywhere", "lora-last-prefix"):
             lora = np.zeros(L, F)
-            lora[0 if w == "lora-everywhere" else L - 1:] = 1
+            lora[0 if w == "lora-everywhere" else L - 1 :] = 1
         # With LoRA on the prefix's keys must be its own: read in one go.
         cache, _ = self.read(ids, lora)
         s = np.broadcast_to(self.st["tokens"], (self.s["m"], self.c["hidden_size"]))
-        s = {"tokens-reversed": s[::-1], "tokens-first": s[[0] * len(s)], "tokens-one-fewer": s[:-1],
-             "tokens-one-more": np.concatenate((s, s[-1:]))}.get(w, s)
+        s = {
+            "tokens-reversed": s[::-1],
+            "tokens-first": s[[0] * len(s)],
+            "tokens-one-fewer": s[:-1],
+            "tokens-one-more": np.concatenate((s, s[-1:])),
+        }.get(w, s)
         m = len(s)
         if m == 0:
             return None
         pos = np.arange(L, L + m)
-        pos = {"position-high": pos + 1, "position-high-window": pos + 1, "position-low": pos - 1,
-               "position-low-window": pos - 1, "position-same": pos * 0 + L,
-               "position-zero": pos - L}.get(w, pos)
+        pos = {
+            "position-high": pos + 1,
+            "position-high-window": pos + 1,
+            "position-low": pos - 1,
+            "position-low-window": pos - 1,
+            "position-same": pos * 0 + L,
+            "position-zero": pos - L,
+        }.get(w, pos)
         on = np.ones(m, F)
         if w == "lora-not-first":
             on[0] = 0
         if w == "lora-only-last":
             on[:-1] = 0
         layers, hidden = self.run(s, cache, self.place(pos), on, np.ones(m, bool))
-        h = {"read-first": hidden[0], "read-mean": hidden.mean(0), "read-before-norm": layers[-1][-1],
-             "read-norm-twice": self.norm(hidden[-1], "model.norm")}.get(w, hidden[-1])
+        h = {
+            "read-first": hidden[0],
+            "read-mean": hidden.mean(0),
+            "read-before-norm": layers[-1][-1],
+            "read-norm-twice": self.norm(hidden[-1], "model.norm"),
+        }.get(w, hidden[-1])
         z = self.st["head.weight"] @ h * (0 if head_zero else 1)
         if w != "head-no-bias":
             z = z + self.st["head.bias"]
@@ -342,17 +386,24 @@ class Model:
     def chance(self, z):
         w = self.w
         if w == "score-tempered":
-            z = z / F(.6)
+            z = z / F(0.6)
         good = softmax(z)[1] if len(z) == 2 else sigmoid(z)[0]
         with np.errstate(divide="ignore"):
-            return {"score-logit": z[-1], "score-log": np.maximum(np.log(good), F(-1e30)),
-                    "score-bad": 1 - good, "score-one-logit": sigmoid(z[-1]),
-                    "score-clipped": np.clip(good, .05, .95), "score-rounded": np.round(good, 2),
-                    "score-bfloat16": bf16(good)}.get(w, good)
+            return {
+                "score-logit": z[-1],
+                "score-log": np.maximum(np.log(good), F(-1e30)),
+                "score-bad": 1 - good,
+                "score-one-logit": sigmoid(z[-1]),
+                "score-clipped": np.clip(good, 0.05, 0.95),
+                "score-rounded": np.round(good, 2),
+                "score-bfloat16": bf16(good),
+            }.get(w, good)
 
 
 def gelu(x):
-    return np.vectorize(lambda v: v * 0.5 * (1 + math.erf(v / 2 ** .5)), otypes=[F])(x) if x.size else x
+    return (
+        np.vectorize(lambda v: v * 0.5 * (1 + math.erf(v / 2**0.5)), otypes=[F])(x) if x.size else x
+    )
 
 
 # ----------------------------------------------------------------------------- without a model
@@ -386,8 +437,12 @@ def make_key(seed, prompt, index, w=None):
         prompt = prompt[-tail:]
     if w.startswith("prompt-first-"):
         prompt = prompt[:tail]
-    prompt = {"prompt-ignored": [], "prompt-without-last": prompt[:-1], "prompt-without-first": prompt[1:],
-              "prompt-reversed": prompt[::-1]}.get(w, prompt)
+    prompt = {
+        "prompt-ignored": [],
+        "prompt-without-last": prompt[:-1],
+        "prompt-without-first": prompt[1:],
+        "prompt-reversed": prompt[::-1],
+    }.get(w, prompt)
     if w.startswith("index-") and tail:
         index %= tail
     index += w == "index-from-one"
@@ -402,8 +457,12 @@ def make_key(seed, prompt, index, w=None):
     key = 0
     for part in chain:
         key = mix((key + part) & MASK if w == "fold-by-addition" else key ^ part, w)
-    key = {"index-added": (key + index) & MASK, "key-unmixed": key ^ index, "key-32": key % (1 << 32),
-           "key-bytes": int.from_bytes(key.to_bytes(8, "big"), "little")}.get(w, key)
+    key = {
+        "index-added": (key + index) & MASK,
+        "key-unmixed": key ^ index,
+        "key-32": key % (1 << 32),
+        "key-bytes": int.from_bytes(key.to_bytes(8, "big"), "little"),
+    }.get(w, key)
     return key
 
 
@@ -422,10 +481,14 @@ def make_number(key, t, w=None):
     else:
         x = mix(key ^ t, w)
     if w.startswith("number-") and tail:
-        return (x >> (64 - tail)) * 2.0 ** -tail
-    return {"number-low": x % 2 ** 53 / 2 ** 53, "number-rounded": x / 2 ** 64,
-            "number-closed": (x >> 11) / (2 ** 53 - 1), "number-centred": ((x >> 11) + .5) / 2 ** 53,
-            "number-float32": float(F((x >> 11) / 2 ** 53))}.get(w, (x >> 11) / 2 ** 53)
+        return (x >> (64 - tail)) * 2.0**-tail
+    return {
+        "number-low": x % 2**53 / 2**53,
+        "number-rounded": x / 2**64,
+        "number-closed": (x >> 11) / (2**53 - 1),
+        "number-centred": ((x >> 11) + 0.5) / 2**53,
+        "number-float32": float(F((x >> 11) / 2**53)),
+    }.get(w, (x >> 11) / 2**53)
 
 
 def distribution(logits, T, k, p, w=None):
@@ -434,6 +497,8 @@ def distribution(logits, T, k, p, w=None):
     logits = np.array(logits, F)
     if w.startswith("temperature-floor-"):
         T = max(T, float(w.split("-")[-1]))
+    if w == "temperature-small-is-greedy" and T < 1e-5:
+        T = 0
     if T == 0 and w == "temperature-zero-is-one":
         T = 1
     if T == 0:
@@ -458,12 +523,13 @@ def distribution(logits, T, k, p, w=None):
         alive = [i for i in order if base[i] >= edge]
         if w in ("top-k-ties-cut", "ties-cut"):
             alive = order[:kk]
-    mass = {i: float(np.exp(base[i])) for i in order}
+    wide = w == "top-p-inclusive-64"
+    mass = {i: math.exp(base[i]) if wide else float(np.exp(base[i])) for i in order}
     if p < 1 and w != "top-p-ignored":
-        total = math.fsum(mass[i] for i in (order if w == "top-p-all" else alive))
+        total = sum(mass[i] for i in (order if w == "top-p-all" else alive))
         got, cum = [], 0.0
         for i in alive:
-            inside = cum <= p * total if w == "top-p-inclusive" else cum < p * total
+            inside = cum <= p * total if w.startswith("top-p-inclusive") else cum < p * total
             if w == "top-p-short":
                 inside = cum + mass[i] <= p * total or not got
             if not inside:
@@ -471,9 +537,11 @@ def distribution(logits, T, k, p, w=None):
             got.append(i)
             cum += mass[i]
         if w == "top-p-more":
-            got = alive[:len(got) + 1]
+            got = alive[: len(got) + 1]
         edge = base[got[-1]]
-        alive = got if w in ("top-p-ties-cut", "ties-cut") else [i for i in alive if base[i] >= edge]
+        alive = (
+            got if w in ("top-p-ties-cut", "ties-cut") else [i for i in alive if base[i] >= edge]
+        )
     out = np.zeros(len(z))
     full = np.exp(hot.astype(float))
     out[alive] = full[alive] / math.fsum(full if w == "not-renormalised" else full[alive])
@@ -503,19 +571,22 @@ def rank(pairs, keep, w=None):
     """pairs: [(index, score)] -> indices kept."""
     w = w or ""
     if w == "rank-threshold":
-        return [i for i, s in pairs if s > .5] or [pairs[0][0]]
+        return [i for i, s in pairs if s > 0.5] or [pairs[0][0]]
     tail = w.split("-")[-1]
 
     def order(pair):
         i, s = pair
         if w.startswith("rank-rounded"):
             s = round(s, int(tail))
-        s = {"rank-float16": float(np.float16(s)), "rank-bfloat16": float(bf16(F(s))),
-             "rank-lowest": -s}.get(w, s)
+        s = {
+            "rank-float16": float(np.float16(s)),
+            "rank-bfloat16": float(bf16(F(s))),
+            "rank-lowest": -s,
+        }.get(w, s)
         return -s, -i if w == "rank-ties-higher" else i
 
     keep += {"rank-more": 1, "rank-fewer": -1}.get(w, 0)
-    return sorted(i for i, _ in sorted(pairs, key=order)[:max(keep, 1)])
+    return sorted(i for i, _ in sorted(pairs, key=order)[: max(keep, 1)])
 
 
 def number_of(answer):
@@ -581,7 +652,9 @@ class Paths:
                 k = len(stop)
                 if w in ("cache-left", "cache-seen", "next-from-stop"):
                     kept = [[part.copy() for part in layer] for layer in cache]
-                    _, h = m.run(stop, cache, np.arange(pos, pos + k), np.ones(k, F), np.ones(k, bool))
+                    _, h = m.run(
+                        stop, cache, np.arange(pos, pos + k), np.ones(k, F), np.ones(k, bool)
+                    )
                     if w == "next-from-stop":
                         cache, last = kept, h[-1]
                     if w == "cache-left":
@@ -594,8 +667,12 @@ class Paths:
             late = checkpoint is not None and t >= checkpoint
             n = {"counter-from-one": t + 1, "counter-prompt": t + len(prompt)}.get(w, t)
             if late:
-                n = {"counter-advanced": t + m.s["m"], "counter-restarted": t - checkpoint,
-                     "counter-skipped": t + 1, "counter-back": t - 1}.get(w, n)
+                n = {
+                    "counter-advanced": t + m.s["m"],
+                    "counter-restarted": t - checkpoint,
+                    "counter-skipped": t + 1,
+                    "counter-back": t - 1,
+                }.get(w, n)
             probs = distribution(m.logits(last), r["temperature"], r["top_k"], r["top_p"])
             token = pick(probs.astype(F), make_number(key, n))
             ids.append(token)
@@ -631,14 +708,19 @@ class Paths:
             c = max(1, c + move)
             for i in alive:
                 short = whole[i]["status"] == "eos" and len(whole[i]["ids"]) < c
-                if not (i in scores and short):
+                if not (i in scores and short and w == "cascade-stale"):
                     scores[i] = self.check_of(whole[i], c)
                 first.setdefault(i, scores[i])
             pool = list(range(r["n"])) if w == "cascade-from-all" else alive
             by = first if w == "cascade-old-scores" else scores
             ended = [i for i in pool if whole[i]["status"] == "eos" and len(whole[i]["ids"]) <= c]
-            kind = {"run-ties-higher": "rank-ties-higher", "run-lowest": "rank-lowest", "run-more": "rank-more",
-                    "run-fewer": "rank-fewer", "run-threshold": "rank-threshold"}.get(w)
+            kind = {
+                "run-ties-higher": "rank-ties-higher",
+                "run-lowest": "rank-lowest",
+                "run-more": "rank-more",
+                "run-fewer": "rank-fewer",
+                "run-threshold": "rank-threshold",
+            }.get(w)
             kept = rank([(i, by[i]) for i in pool], keep, kind)
             if w in ("ended-never-kept", "ended-always-kept"):
                 favoured = [i for i in pool if (i in ended) == (w == "ended-always-kept")]
@@ -660,7 +742,7 @@ class Paths:
             now = path | {"score": scores[i]}
             if i in cut:
                 short = path["status"] == "eos" and len(path["ids"]) <= cut[i]
-                now["ids"] = path["ids"] if w == "pruned-whole" else path["ids"][:cut[i]]
+                now["ids"] = path["ids"] if w == "pruned-whole" else path["ids"][: cut[i]]
                 if not (short and w == "ended-not-pruned"):
                     now["status"] = "pruned"
             elif w in BEHIND and len(path["ids"]) > c and len(r["stages"]) == 1:
@@ -669,9 +751,94 @@ class Paths:
         return paths, alive
 
 
-BEHIND = ("cache-left cache-seen positions-advanced positions-back counter-advanced "
-          "counter-restarted counter-skipped counter-back lora-left-on last-token-twice next-from-stop "
-          "rows-renumbered").split()
+class Branching:
+    """A run whose paths branch: no shortcut over uninterrupted paths."""
+
+    def __init__(self, model, run, wrong=None):
+        self.m = model
+        self.r = run
+        self.w = wrong
+
+    def decode(self, p, until):
+        r = self.r
+        while p["status"] == "running" and len(p["ids"]) < until:
+            probs = distribution(self.m.logits(p["last"]), r["temperature"], r["top_k"], r["top_p"])
+            token = pick(probs, make_number(p["key"], len(p["ids"]) - p["back"]))
+            p["ids"] = p["ids"] + [token]
+            if token in r["eos_ids"]:
+                p["status"] = "eos"
+            elif len(p["ids"]) == r["max_new_tokens"]:
+                p["status"] = "length"
+            where = np.array([len(r["prompt_ids"]) + len(p["ids"]) - 1])
+            _, h = self.m.run(self.m.embed([token]), p["cache"], where)
+            p["last"] = h[-1]
+
+    def all(self):
+        r, w = self.r, self.w
+        cache, hidden = self.m.read(r["prompt_ids"])
+        paths = [
+            {
+                "index": i,
+                "branches": [],
+                "ids": [],
+                "status": "running",
+                "last": hidden[-1],
+                "back": 0,
+                "cache": [list(layer) for layer in cache],
+                "from": 0,
+                "key": make_key(int(r["seed"]), r["prompt_ids"], i),
+            }
+            for i in range(r["n"])
+        ]
+        alive = list(paths)
+        for c, keep, copies in r["stages"]:
+            for p in alive:
+                self.decode(p, c)
+                p["score"] = float(self.m.check(r["prompt_ids"] + p["ids"])[3])
+            alive.sort(key=lambda p: (-p["score"], p["index"], p["branches"]))
+            for p in alive[keep:]:
+                p["status"] = "pruned"
+            alive = alive[:keep]
+            for p in list(alive):
+                if p["status"] != "running" and w != "branch-ended":
+                    continue
+                for b in range(copies - 1, -1, -1):
+                    q = (
+                        p
+                        if b == 0
+                        else p | {"cache": [list(layer) for layer in p["cache"]], "from": c}
+                    )
+                    name = b + (w == "branch-from-one")
+                    key = mix(mix(p["key"] ^ c) ^ name)
+                    if w == "branch-no-length":
+                        key = mix(p["key"] ^ name)
+                    if w == "branch-same" or name == 0 and w != "branch-zero-folded":
+                        key = p["key"]
+                    q["key"] = key
+                    q["branches"] = p["branches"] + [name]
+                    q["back"] = c if w == "branch-restarted" else 0
+                    if b:
+                        paths.append(q)
+                        alive.append(q)
+        for p in alive:
+            self.decode(p, r["max_new_tokens"])
+        shown = []
+        for p in paths:
+            shown.append({key: p[key] for key in ("index", "branches", "ids", "status", "score")})
+            if w == "branch-whole":
+                shown[-1]["ids"] = p["ids"][p["from"] :]
+        names = [
+            ".".join(map(str, [p["index"], *p["branches"]])) if p["branches"] else p["index"]
+            for p in alive
+        ]
+        return shown, names
+
+
+BEHIND = (
+    "cache-left cache-seen positions-advanced positions-back counter-advanced "
+    "counter-restarted counter-skipped counter-back lora-left-on last-token-twice next-from-stop "
+    "rows-renumbered"
+).split()
 
 
 def sampler(case, w=None):
@@ -680,10 +847,15 @@ def sampler(case, w=None):
         p = distribution(d["logits"], d["temperature"], d["top_k"], d["top_p"], w)
         out["probabilities"].append(p.tolist())
         out["kept_sets"].append(np.nonzero(p.astype(F))[0].tolist())
-    out["draws"] = [[pick(np.array(d["probabilities"], F), u, w) for u in d["numbers"]]
-                    for d in case["draws"]]
-    out["keys"] = [f"{make_key(int(k['seed']), k['prompt_ids'], k['index'], w):#x}" for k in case["keys"]]
-    out["noise"] = [[make_number(int(k["key"], 16), t, w) for t in k["positions"]] for k in case["noise"]]
+    out["draws"] = [
+        [pick(np.array(d["probabilities"], F), u, w) for u in d["numbers"]] for d in case["draws"]
+    ]
+    out["keys"] = [
+        f"{make_key(int(k['seed']), k['prompt_ids'], k['index'], w):#x}" for k in case["keys"]
+    ]
+    out["noise"] = [
+        [make_number(int(k["key"], 16), t, w) for t in k["positions"]] for k in case["noise"]
+    ]
     out["tokens"] = []
     for k in case["tokens"]:
         key = make_key(int(k["seed"]), k["prompt_ids"], k["index"], w)
@@ -693,9 +865,13 @@ def sampler(case, w=None):
 
 
 def choices(case, w=None):
-    return {"ranks": [rank(list(enumerate(float(F(s)) for s in r["scores"])), r["keep"], w)
-                      for r in case["ranks"]],
-            "votes": [votes(v["answers"], v["weights"], w) for v in case["votes"]]}
+    return {
+        "ranks": [
+            rank(list(enumerate(float(F(s)) for s in r["scores"])), r["keep"], w)
+            for r in case["ranks"]
+        ],
+        "votes": [votes(v["answers"], v["weights"], w) for v in case["votes"]],
+    }
 
 
 def case_of(name):
@@ -711,7 +887,10 @@ def outputs(name, wrong=None, longest=None, runs=True, decoder=True, model=None)
         return choices(case, wrong)
     stop = json.loads((ORACLE / "vectors" / name / "stop.json").read_text())
     model = model or Model(ORACLE / case["checkpoint"], stop, wrong)
-    rows = {row: [] for row in ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores")}
+    rows = {
+        row: []
+        for row in ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores")
+    }
     for prefix in case["prefixes"]:
         ids = prefix["ids"]
         entry = {}
@@ -737,7 +916,10 @@ def run_outputs(case, model, wrong=None, whole=None):
         run = Paths(model, run, wrong)
         paths = run.whole() if whole is None else whole[number]
         rows["uninterrupted"].append(paths)
-        after, kept = run.all(paths)
+        if len(run.r["stages"][0]) == 3:
+            after, kept = Branching(model, run.r, wrong).all()
+        else:
+            after, kept = run.all(paths)
         rows["paths"].append(after)
         rows["kept"].append(kept)
     return rows

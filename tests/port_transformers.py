@@ -4,6 +4,7 @@
 
 Needs transformers and peft, which the project itself does not. The sampler in it is plain Python.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -25,10 +26,17 @@ class Port:
         how = {"dtype": dtype, "attn_implementation": "eager"}
         if getattr(config, "quantization_config", None):
             how["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-        self.base = transformers.AutoModelForCausalLM.from_pretrained(ORACLE / case["checkpoint"], **how)
+        self.base = transformers.AutoModelForCausalLM.from_pretrained(
+            ORACLE / case["checkpoint"], **how
+        )
         self.base = self.base.to(dtype).eval()
-        lora = peft.LoraConfig(r=stop["rank"], lora_alpha=stop["alpha"], bias="none",
-                               target_modules=stop["targets"], task_type="CAUSAL_LM")
+        lora = peft.LoraConfig(
+            r=stop["rank"],
+            lora_alpha=stop["alpha"],
+            bias="none",
+            target_modules=stop["targets"],
+            task_type="CAUSAL_LM",
+        )
         self.model = peft.get_peft_model(self.base, lora).eval()
         own = dict(self.model.named_parameters())
         self.parts = {}
@@ -51,7 +59,9 @@ class Port:
     @torch.no_grad()
     def read(self, ids, cache=None):
         with self.model.disable_adapter():
-            out = self.base.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            out = self.base.model(
+                input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
+            )
         return out.past_key_values, out.last_hidden_state[0]
 
     def check(self, ids, zero_head=False):
@@ -61,9 +71,13 @@ class Port:
         cache, _ = self.read(ids)
         self.states.clear()
         fed = self.parts["tokens"].expand(m, -1)[None].to(self.base.dtype)
-        out = self.base.model(inputs_embeds=fed, past_key_values=cache, use_cache=True,
-                              attention_mask=torch.ones(1, L + m, dtype=torch.long),
-                              position_ids=torch.arange(L, L + m)[None])
+        out = self.base.model(
+            inputs_embeds=fed,
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=torch.ones(1, L + m, dtype=torch.long),
+            position_ids=torch.arange(L, L + m)[None],
+        )
         hidden = out.last_hidden_state[0]
         weight = self.parts["head.weight"] * (0 if zero_head else 1)
         logits = torch.nn.functional.linear(hidden[-1].float(), weight, self.parts["head.bias"])
@@ -110,7 +124,7 @@ class Port:
         for i, path in enumerate(whole):
             path = path | {"score": scores[i]}
             if i in cut:
-                path |= {"ids": path["ids"][:cut[i]], "status": "pruned"}
+                path |= {"ids": path["ids"][: cut[i]], "status": "pruned"}
             paths.append(path)
         return whole, paths, alive
 
@@ -119,7 +133,10 @@ def outputs(name, dtype=torch.float32, longest=None, runs=True):
     """What the port hands in for a case."""
     case = case_of(name)
     port = Port(case, dtype)
-    rows = {row: [] for row in ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores")}
+    rows = {
+        row: []
+        for row in ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores")
+    }
     for prefix in case["prefixes"]:
         entry = {}
         if longest is None or len(prefix["ids"]) <= longest:
@@ -132,11 +149,15 @@ def outputs(name, dtype=torch.float32, longest=None, runs=True):
             values.append(entry[row].tolist() if row in entry else None)
     if "decoder" not in case["levels"]:
         del rows["hidden"], rows["next_logits"]
-    prefixes = [prefix["ids"] for prefix in case["prefixes"][:len(case["labels"])]]
+    prefixes = [prefix["ids"] for prefix in case["prefixes"][: len(case["labels"])]]
     rows["loss"], rows["grad"] = port.train(prefixes, case["labels"])
     if runs and case["runs"]:
         rows |= {"uninterrupted": [], "paths": [], "kept": []}
         for run in case["runs"]:
+            if len(run["stages"][0]) == 3:  # it does not branch
+                for row in ("uninterrupted", "paths", "kept"):
+                    rows[row].append(None)
+                continue
             for row, value in zip(("uninterrupted", "paths", "kept"), port.run(run)):
                 rows[row].append(value)
     return rows

@@ -1,10 +1,11 @@
-"""The oracle: scores of a file, round trips to the authors' layout, the published vectors, and who is caught by them."""
+"""The oracle: scores as the authors' code gives them, round trips to their layout, the published
+vectors, and who is caught by them: right and wrong ports that share no code with ours."""
+
 import hashlib
 import json
 import math
 import re
 import runpy
-import shutil
 import sys
 
 import port_numpy
@@ -14,7 +15,6 @@ from helpers import GOLDEN, ROOT, close
 from safetensors.torch import load_file, save_file
 
 from model import load
-from plumbing.labels import LABEL_KEYS
 from stop import Stop
 
 sys.path.insert(0, str(ROOT / "oracle"))
@@ -24,7 +24,7 @@ SCORERS = sorted(folder.name for folder in (GOLDEN / "scorers").iterdir())
 
 
 def run(capsys, monkeypatch, script, *words):
-    """(exit status, JSON of the last line, lines of stdout, stderr) of a script's command line, in this process."""
+    """(exit status, JSON of the last line, lines of stdout, stderr) of a script, here."""
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -33,7 +33,12 @@ def run(capsys, monkeypatch, script, *words):
         status = end.code
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    return status, json.loads(lines[-1]) if status == 0 and lines[-1].startswith("{") else None, lines, err
+    return (
+        status,
+        json.loads(lines[-1]) if status == 0 and lines[-1].startswith("{") else None,
+        lines,
+        err,
+    )
 
 
 def write_jsonl(file, records):
@@ -49,35 +54,76 @@ def golden_scorer(name):
     """(base folder, STOP folder, tensors that the authors' code gave, prefixes, labels)."""
     folder = GOLDEN / "scorers" / name
     tensors = load_file(folder / "expected.safetensors")
-    prefixes = [ids[mask.bool()].tolist() for ids, mask in zip(tensors["prefix_ids"], tensors["prefix_attention_mask"])]
+    prefixes = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(tensors["prefix_ids"], tensors["prefix_attention_mask"])
+    ]
     base = GOLDEN / json.loads((folder / "expected.json").read_text())["base_checkpoint"]
     return base, folder / "checkpoint", tensors, prefixes, tensors["labels"][:, 1].tolist()
 
 
-# -------------------------------------------------------------------------------------------------- scores of a file
+# ------------------------------------------------------------------------------ scores of a file
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_are_the_authors(tmp_path, capsys, monkeypatch, name):
-    """Logits, scores and last states are those of the authors' code, and so are MSE and accuracy, from its labels."""
+    """Logits, scores and last states are those of the authors' code; so are MSE and accuracy."""
     base, stop, tensors, prefixes, labels = golden_scorer(name)
-    file = write_jsonl(tmp_path / "p.jsonl", [{"prefix_token_ids": ids, "Soft_label": label, "problem_id": f"p{i}", "more": 1}
-                                              for i, (ids, label) in enumerate(zip(prefixes, labels))])
-    status, last, lines, _ = run(capsys, monkeypatch, "stop.py", "--model", base, "--stop", stop, "--score", file, "--out",
-                                 tmp_path / "s.jsonl", "--trace", tmp_path / "trace", "--batch", 3, "--device", "cpu")
+    file = write_jsonl(
+        tmp_path / "p.jsonl",
+        [
+            {"prefix_token_ids": ids, "Soft_label": label, "problem_id": f"p{i}", "more": 1}
+            for i, (ids, label) in enumerate(zip(prefixes, labels))
+        ],
+    )
+    status, last, lines, _ = run(
+        capsys,
+        monkeypatch,
+        "stop.py",
+        "--model",
+        base,
+        "--stop",
+        stop,
+        "--score",
+        file,
+        "--out",
+        tmp_path / "s.jsonl",
+        "--trace",
+        tmp_path / "trace",
+        "--batch",
+        3,
+        "--device",
+        "cpu",
+    )
     found = read_jsonl(tmp_path / "s.jsonl")
-    assert status == 0 and [(r["line"], r["id"], r["label"]) for r in found] == [
-        (i + 1, f"p{i}", label) for i, label in enumerate(labels)] and len(lines) == 2
+    assert (
+        status == 0
+        and [(r["line"], r["id"], r["label"]) for r in found]
+        == [(i + 1, f"p{i}", label) for i, label in enumerate(labels)]
+        and len(lines) == 2
+    )
     close(torch.tensor([record["logits"] for record in found]), tensors["logits"], 2e-5)
     close(torch.tensor([record["score"] for record in found]), tensors["prob"], 1e-5)
     for i in range(4):
         states = load_file(tmp_path / "trace" / f"{i + 1:06}.safetensors")
         close(states["hidden"], tensors["assess_hidden"][i], 1e-4)
-        assert states["layers"].shape[1:] == states["hidden"].shape and len(states["layers"]) == load(base).config.num_hidden_layers
-    both = tensors["logits"].softmax(-1)  # as their evaluator has it: over both classes, and argmax of both
-    assert last["mse"] == pytest.approx(((both - tensors["labels"]) ** 2).mean(-1).mean().item(), abs=1e-6)
-    assert last["hard_label_accuracy"] == (both.argmax(-1) == tensors["labels"].argmax(-1)).float().mean().item()
-    assert last["count"] == last["labels"] == 4 and last["mean_score"] == pytest.approx(tensors["prob"].mean().item(), abs=1e-5)
+        assert (
+            states["layers"].shape[1:] == states["hidden"].shape
+            and len(states["layers"]) == load(base).config.num_hidden_layers
+        )
+    both = tensors["logits"].softmax(
+        -1
+    )  # as their evaluator has it: over both classes, and argmax of both
+    assert last["mse"] == pytest.approx(
+        ((both - tensors["labels"]) ** 2).mean(-1).mean().item(), abs=1e-6
+    )
+    assert (
+        last["hard_label_accuracy"]
+        == (both.argmax(-1) == tensors["labels"].argmax(-1)).float().mean().item()
+    )
+    assert last["count"] == last["labels"] == 4 and last["mean_score"] == pytest.approx(
+        tensors["prob"].mean().item(), abs=1e-5
+    )
 
 
 def test_fp32_is_the_default_and_bf16_a_flag(tmp_path, capsys, monkeypatch):
@@ -85,127 +131,34 @@ def test_fp32_is_the_default_and_bf16_a_flag(tmp_path, capsys, monkeypatch):
     file = write_jsonl(tmp_path / "p.jsonl", [{"prefix_token_ids": ids} for ids in prefixes])
     seen = {}
     for flags in ((), ("--dtype", "bfloat16")):
-        status, last, lines, _ = run(capsys, monkeypatch, "stop.py", "--model", base, "--stop", stop, "--score", file, *flags,
-                                     "--device", "cpu")
-        records = [json.loads(line) for line in lines[1:-1]]  # between the settings and the summary: nothing to --out
-        assert status == 0 and len(records) == 4 and last == {"count": 4, "mean_score": last["mean_score"]}
+        status, last, lines, _ = run(
+            capsys,
+            monkeypatch,
+            "stop.py",
+            "--model",
+            base,
+            "--stop",
+            stop,
+            "--score",
+            file,
+            *flags,
+            "--device",
+            "cpu",
+        )
+        records = [
+            json.loads(line) for line in lines[1:-1]
+        ]  # between the settings and the summary: nothing to --out
+        assert (
+            status == 0
+            and len(records) == 4
+            and last == {"count": 4, "mean_score": last["mean_score"]}
+        )
         seen[records[0]["dtype"]] = torch.tensor([record["score"] for record in records])
     close(seen["float32"], tensors["prob"], 1e-5)
     assert 1e-5 < (seen["bfloat16"] - tensors["prob"]).abs().max() < 0.1
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """20 ragged prefixes, and a function that scores them with the toy's STOP."""
-    generator = torch.Generator().manual_seed(0)
-    records = [{"id": i, "prefix_token_ids": torch.randint(158, (3 + 7 * (i * 5 % 11),), generator=generator).tolist(),
-                LABEL_KEYS[i % 5]: i / 19} for i in range(20)]
-    folder = tmp_path_factory.mktemp("toy")
-    return folder, records, write_jsonl(folder / "p.jsonl", records)
-
-
-def test_one_by_one_any_batch_any_order(toy, tmp_path, capsys, monkeypatch):
-    _, records, file = toy
-    scores = {}
-    for batch in (1, 2, 20):
-        status, last, *_ = run(capsys, monkeypatch, "stop.py", "--score", file, "--out", tmp_path / f"{batch}", "--batch", batch)
-        scores[batch] = torch.tensor([record["score"] for record in read_jsonl(tmp_path / f"{batch}")])
-        assert status == 0 and last["labels"] == 20  # under all five keys
-    turned = write_jsonl(tmp_path / "turned.jsonl", records[::-1])
-    run(capsys, monkeypatch, "stop.py", "--score", turned, "--out", tmp_path / "t", "--batch", 3)
-    assert [record["id"] for record in read_jsonl(tmp_path / "t")] == list(range(20))[::-1]
-    for other in (scores[2], scores[20], torch.tensor([record["score"] for record in read_jsonl(tmp_path / "t")]).flip(0)):
-        close(other, scores[1], 1e-5)
-    model = load(ROOT / "toy")
-    close(scores[1], Stop.load(ROOT / "toy" / "stop", model).score(model, [r["prefix_token_ids"] for r in records]), 1e-5)
-
-
-def test_killed_anywhere(toy, tmp_path, capsys, monkeypatch):
-    """Cut behind any byte, also within the first line, the file is completed to the same bytes; no trace is lost."""
-    _, _, file = toy
-    words = ("stop.py", "--score", file, "--batch", 1, "--trace", tmp_path / "trace", "--out")
-    run(capsys, monkeypatch, *words, tmp_path / "whole")
-    whole = (tmp_path / "whole").read_bytes()
-    assert len(whole.splitlines()) == 20 and len(list((tmp_path / "trace").iterdir())) == 20
-    first = whole.index(b"\n") + 1
-    for cut in (0, 3, 50, first - 1, first, first + 4, len(whole) // 2, len(whole) - 1, len(whole)):
-        (tmp_path / "cut").write_bytes(whole[:cut])
-        status, last, *_ = run(capsys, monkeypatch, *words, tmp_path / "cut")
-        assert status == 0 and (tmp_path / "cut").read_bytes() == whole and last["count"] == 20, cut
-
-
-def edited(folder, **changes):
-    about = json.loads((folder / "stop.json").read_text())
-    (folder / "stop.json").write_text(json.dumps(about | changes))
-
-
-def test_nothing_is_mixed(toy, tmp_path, capsys, monkeypatch):
-    """Another input, model, STOP or dtype, a file that holds no scores, a lost trace: refused by name, nothing changed."""
-    _, records, file = toy
-    out = tmp_path / "s.jsonl"
-    model = load(ROOT / "toy")
-    stop = Stop.load(ROOT / "toy" / "stop", model)
-    with torch.no_grad():
-        stop.tokens[-1, -1] += 1e-3
-    stop.save(tmp_path / "stop")
-    shutil.copytree(ROOT / "toy", tmp_path / "base", ignore=shutil.ignore_patterns("*.jsonl", "make.py", "stop", "__pycache__"))
-    weights = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (tmp_path / "base" / "model.safetensors").write_bytes(weights)
-    other = write_jsonl(tmp_path / "other.jsonl", [records[0], records[2]])
-    short = write_jsonl(tmp_path / "short.jsonl", records[:10])
-    note = tmp_path / "note"
-    note.write_bytes(b"a note without an end of line")
-    run(capsys, monkeypatch, "stop.py", "--score", file, "--out", out)
-    whole = out.read_bytes()
-    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:12]))
-    before = {path: path.read_bytes() for path in (out, note, file)}
-    for words, message in (
-            (("--score", other, "--out", out), "expected at most the input's 2"), (("--score", short, "--out", out), "at most"),
-            (("--stop", tmp_path / "stop"), "line 1: stop: found"), (("--dtype", "bfloat16"), "line 1: dtype: found"),
-            (("--model", tmp_path / "base", "--stop", ROOT / "toy" / "stop"), "line 1: model: found"), (("--trace", tmp_path / "t"), "000001.safetensors: missing"),
-            (("--out", note), "note: not a file of scores"), (("--out", file), "p.jsonl: not a file of scores")):
-        status, _, _, err = run(capsys, monkeypatch, "stop.py", "--score", file, "--out", out, *words)
-        assert status == 2 and err.count("\n") == 1 and message in err, (words, err)
-    changed = write_jsonl(tmp_path / "changed.jsonl", records[:3] + [records[3] | {"prefix_token_ids": [1, 2]}] + records[4:])
-    status, _, _, err = run(capsys, monkeypatch, "stop.py", "--score", changed, "--out", out)
-    assert status == 2 and "line 4: prefix: found" in err
-    assert {path: path.read_bytes() for path in before} == before
-    status, last, *_ = run(capsys, monkeypatch, "stop.py", "--score", file, "--out", out)
-    assert status == 0 and last["count"] == 20 and out.read_bytes() == whole
-
-
-GOOD = {"prefix_token_ids": [1, 2, 3], "soft_label": 0.5}
-
-
-@pytest.mark.parametrize("record, message", (
-    ({"prefix_token_ids": None}, "prefix_token_ids: found None"), ({"prefix_token_ids": [1, "2"]}, "prefix_token_ids"),
-    ({"prefix_token_ids": [True]}, "prefix_token_ids"), ({"prefix_token_ids": []}, "no token"),
-    ({"prefix_token_ids": [158]}, "token id 158"), ({"prefix_token_ids": [1] * 510}, "context of 512"),
-    ({"soft_label": 1.5}, "soft_label: found 1.5"), ({"soft_label": "1"}, "soft_label"), ({"soft_label": None}, "soft_label: found None"),
-    ({"soft_label": float("nan")}, "soft_label: found nan")))
-def test_bad_records(tmp_path, capsys, monkeypatch, record, message):
-    """The line is named, and nothing is scored before all are read."""
-    file = write_jsonl(tmp_path / "p.jsonl", [GOOD, GOOD | record])
-    status, _, _, err = run(capsys, monkeypatch, "stop.py", "--score", file, "--out", tmp_path / "out")
-    assert status == 2 and err.count("\n") == 1 and f"{file}:2: " in err and message in err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("words, message", (
-    ((), "found --none"), (("--prompt", "x", "--score", "FILE"), "found --prompt --score"), (("--prompt", "x", "--out", "o"), "found --prompt --out"),
-    (("--out", "o"), "found --out"), (("--score", "nowhere"), "nowhere"), (("--score", "FILE", "--batch", "0"), "batch: found 0"),
-    (("--score", "EMPTY"), "found no record"), (("--score", "FILE", "--out", "no/such/place"), "no/such/place"),
-    (("--score", "FILE", "--trace", "FILE"), "p.jsonl"), (("--score", "FILE", "--stop", "nowhere"), "stop.json"),
-    (("--score", "FILE", "--dtype", "int8"), "dtype: found 'int8'")))
-def test_wrong_flags(tmp_path, capsys, monkeypatch, words, message):
-    file, empty = write_jsonl(tmp_path / "p.jsonl", [GOOD]), write_jsonl(tmp_path / "empty.jsonl", [])
-    words = [{"FILE": file, "EMPTY": empty}.get(word, word) for word in words]
-    status, _, _, err = run(capsys, monkeypatch, "stop.py", *words)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
-
-
-# ------------------------------------------------------------------------------------- round trips to the authors' layout
+# -------------------------------------------------------------- round trips to the authors' layout
 
 
 def shared_stop(model, head="softmax", seed=0, **settings):
@@ -220,72 +173,127 @@ def shared_stop(model, head="softmax", seed=0, **settings):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_import_export_import(tmp_path, capsys, monkeypatch, name):
-    """The authors' folder, written again by the script, gives the same scores; its tensors are bit-equal."""
+    """The authors' folder, written again by the script: the same scores, bit-equal tensors."""
     base, folder, tensors, prefixes, _ = golden_scorer(name)
-    status, last, _, _ = run(capsys, monkeypatch, "oracle/export.py", "--stop", folder, "--model", base, "--out", tmp_path / "o")
+    status, last, _, _ = run(
+        capsys,
+        monkeypatch,
+        "oracle/export.py",
+        "--stop",
+        folder,
+        "--model",
+        base,
+        "--out",
+        tmp_path / "o",
+    )
     model = load(base)
     first, again = Stop.load(folder, model), Stop.load(tmp_path / "o", model)
     assert status == 0 and last["score"] == last["score_of_what_was_written"]
     assert torch.equal(again.score(model, prefixes), first.score(model, prefixes))
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items()
+    )
     for file in ("assess_token_embedding.pth", "classifier_head.pth"):
-        ours, theirs = (torch.load(part / file, weights_only=True) for part in (tmp_path / "o", folder))
-        assert ours.keys() == theirs.keys() and all(torch.equal(value, ours[key]) if torch.is_tensor(value) else value == ours[key]
-                                                    for key, value in theirs.items())
-    ours, theirs = (json.loads((part / "assess_token_config.json").read_text()) for part in (tmp_path / "o", folder))
+        ours, theirs = (
+            torch.load(part / file, weights_only=True) for part in (tmp_path / "o", folder)
+        )
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(value, ours[key]) if torch.is_tensor(value) else value == ours[key]
+            for key, value in theirs.items()
+        )
+    ours, theirs = (
+        json.loads((part / "assess_token_config.json").read_text())
+        for part in (tmp_path / "o", folder)
+    )
     assert ours == theirs
-    ours, theirs = (json.loads((part / "adapter" / "classifier" / "adapter_config.json").read_text()) for part in (tmp_path / "o", folder))
+    ours, theirs = (
+        json.loads((part / "adapter" / "classifier" / "adapter_config.json").read_text())
+        for part in (tmp_path / "o", folder)
+    )
     assert {key: theirs[key] for key in ours if key != "base_model_name_or_path"} == {
-        key: value for key, value in ours.items() if key != "base_model_name_or_path"}
-    assert {path.name for path in (tmp_path / "o").rglob("*")} >= {"tokenizer.json", "tokenizer_config.json"}
+        key: value for key, value in ours.items() if key != "base_model_name_or_path"
+    }
+    assert {path.name for path in (tmp_path / "o").rglob("*")} >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
-@pytest.mark.parametrize("settings", ({}, {"head": "sigmoid"}, {"head": "sigmoid", "shared": False, "m": 1}))
+@pytest.mark.parametrize(
+    "settings", ({}, {"head": "sigmoid"}, {"head": "sigmoid", "shared": False, "m": 1})
+)
 def test_a_head_of_one_logit_is_two(tmp_path, settings):
     """sigmoid(z) = softmax([0, z])[1], exactly as the layout has it."""
     from export import export
+
     base, _, _, prefixes, _ = golden_scorer("qwen3-tiny.qv")
     model = load(base)
     stop = shared_stop(model, **settings)
     export(stop, model, tmp_path / "o")
-    close(Stop.load(tmp_path / "o", model).score(model, prefixes), stop.score(model, prefixes), 1e-6)
+    close(
+        Stop.load(tmp_path / "o", model).score(model, prefixes), stop.score(model, prefixes), 1e-6
+    )
 
 
 def test_what_the_layout_cannot_express(tmp_path, capsys, monkeypatch):
-    """The toy's STOP has four different vectors: refused, nothing written. So is a folder that holds something."""
+    """Four different vectors, as the toy's STOP has, or a folder in use: nothing is written."""
     words = ("oracle/export.py", "--model", ROOT / "toy", "--out", tmp_path / "o", "--stop")
     status, _, _, err = run(capsys, monkeypatch, *words, ROOT / "toy" / "stop")
-    assert status == 2 and "tokens: found 4 different vectors" in err and err.count("\n") == 1 and not (tmp_path / "o").exists()
+    assert (
+        status == 2
+        and "tokens: found 4 different vectors" in err
+        and err.count("\n") == 1
+        and not (tmp_path / "o").exists()
+    )
     shared_stop(load(ROOT / "toy")).save(tmp_path / "s")
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine").touch()
     status, _, _, err = run(capsys, monkeypatch, *words, tmp_path / "s")
-    assert status == 2 and "found something there" in err and [path.name for path in (tmp_path / "o").iterdir()] == ["mine"]
+    assert (
+        status == 2
+        and "found something there" in err
+        and [path.name for path in (tmp_path / "o").iterdir()] == ["mine"]
+    )
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_an_export_in_peft(tmp_path, name):
-    """What is made here gives the same scores with transformers and PEFT, the adapter off on the prefix."""
+    """The same scores with transformers and PEFT, the adapter off on the prefix."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     from export import export
+
     base, _, _, prefixes, _ = golden_scorer(name)
     model = load(base)
-    stop = shared_stop(model, "sigmoid", targets=Stop.load(golden_scorer(name)[1], model).lora.targets)
+    stop = shared_stop(
+        model, "sigmoid", targets=Stop.load(golden_scorer(name)[1], model).lora.targets
+    )
     export(stop, model, tmp_path / "o", base)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "o" / "adapter" / "classifier", adapter_name="classifier").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(
+        theirs, tmp_path / "o" / "adapter" / "classifier", adapter_name="classifier"
+    ).eval()
     head = torch.load(tmp_path / "o" / "classifier_head.pth", weights_only=True)
-    token = torch.load(tmp_path / "o" / "assess_token_embedding.pth", weights_only=True)["input_embedding"]
+    token = torch.load(tmp_path / "o" / "assess_token_embedding.pth", weights_only=True)[
+        "input_embedding"
+    ]
     scores = []
     with torch.no_grad():
         for ids in prefixes:
             with theirs.disable_adapter():
                 cache = theirs(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
             L = len(ids)
-            hidden = theirs(inputs_embeds=token.expand(1, stop.m, -1), past_key_values=cache, output_hidden_states=True,
-                            attention_mask=torch.ones(1, L + stop.m, dtype=torch.long),
-                            position_ids=torch.arange(L, L + stop.m)[None]).hidden_states[-1][:, -1]
-            scores.append(torch.nn.functional.linear(hidden, head["weight"], head["bias"]).softmax(-1)[0, 1])
+            hidden = theirs(
+                inputs_embeds=token.expand(1, stop.m, -1),
+                past_key_values=cache,
+                output_hidden_states=True,
+                attention_mask=torch.ones(1, L + stop.m, dtype=torch.long),
+                position_ids=torch.arange(L, L + stop.m)[None],
+            ).hidden_states[-1][:, -1]
+            scores.append(
+                torch.nn.functional.linear(hidden, head["weight"], head["bias"]).softmax(-1)[0, 1]
+            )
     close(stop.score(model, prefixes), torch.stack(scores), 1e-5)
 
 
@@ -344,26 +352,38 @@ def test_every_clause_has_a_vector_and_every_vector_a_clause():
         tested |= set(clauses)
     for name in CASES:
         for key, items in published(name, "case").items():
-            if key in ("prefixes", "runs", "distributions", "draws", "keys", "noise", "tokens",
-                       "ranks", "votes"):
+            if key in (
+                "prefixes",
+                "runs",
+                "distributions",
+                "draws",
+                "keys",
+                "noise",
+                "tokens",
+                "ranks",
+                "votes",
+            ):
                 for item in items:
                     assert item["clauses"] and set(item["clauses"]) <= numbered, (name, key)
                     tested |= set(item["clauses"])
-    assert numbered - tested == {"R9"}  # reserved for branches
+    assert tested == numbered
     rows = {row for level in manifest["levels"].values() for row in level["rows"]}
     assert rows == set(manifest["clauses"])
 
 
 def test_the_vectors_hold_the_edges():
     """Lengths, seeds, indices and ends that earlier vectors lacked."""
-    lengths = {len(prefix["ids"]) for name in ("qwen2", "qwen3", "gpt_oss", "mxfp4")
-               for prefix in published(name, "case")["prefixes"]}
+    lengths = {
+        len(prefix["ids"])
+        for name in ("qwen2", "qwen3", "gpt_oss", "mxfp4")
+        for prefix in published(name, "case")["prefixes"]
+    }
     assert {1, 65, 300, 4100} <= lengths
     for name in ("qwen2", "qwen3", "gpt_oss"):
         runs = {run["name"]: run for run in published(name, "case")["runs"]}
         rows = published(name)
         number = {run: i for i, run in enumerate(runs)}
-        assert all(int(runs[run]["seed"]) > 2 ** 32 for run in ("main", "keep all", "cascade"))
+        assert all(int(runs[run]["seed"]) > 2**32 for run in ("main", "keep all", "cascade"))
         assert len(runs["keep all"]["prompt_ids"]) > 512 and runs["keep all"]["n"] == 10
         assert len(rows["kept"][number["keep all"]]) == 10
         assert runs["main"]["n"] > 32 and runs["main"]["max_new_tokens"] > 32
@@ -384,9 +404,11 @@ def test_the_vectors_hold_the_edges():
 
 def test_numbers_come_back_bit_for_bit():
     from vector_files import to_json
+
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(20000, generator=generator) * 10.0 ** torch.randint(-30, 30, (20000,),
-                                                                            generator=generator)
+    numbers = torch.randn(20000, generator=generator) * 10.0 ** torch.randint(
+        -30, 30, (20000,), generator=generator
+    )
     text = to_json({"x": numbers, "y": numbers.double() / 3})
     back = json.loads(text)
     assert torch.equal(torch.tensor(back["x"], dtype=torch.float64).float(), numbers)
@@ -400,9 +422,12 @@ def test_the_manifest_is_of_these_files():
     manifest = json.loads((VECTORS / "manifest.json").read_text())
     for name, about in manifest["files"].items():
         assert hashlib.sha256((ORACLE / name).read_bytes()).hexdigest() == about["sha256"], name
-    written = {f"vectors/{file.relative_to(VECTORS)}" for file in VECTORS.rglob("*") if file.is_file()}
+    written = {
+        f"vectors/{file.relative_to(VECTORS)}" for file in VECTORS.rglob("*") if file.is_file()
+    }
     assert {name for name in manifest["files"] if name.startswith("vectors/")} == written - {
-        "vectors/manifest.json"}
+        "vectors/manifest.json"
+    }
     assert f"## {manifest['version']}" in (ORACLE / "CHANGELOG.md").read_text()
     golden = sum(file.stat().st_size for file in (ORACLE / "golden").rglob("*") if file.is_file())
     assert golden < 8_000_000
@@ -414,13 +439,16 @@ def test_vectors_are_made_again(tmp_path, monkeypatch, capsys, name):
     import cases
     import make_vectors
     import reference
+
     if name in ("sampler", "choices"):
         inputs = cases.sampler_inputs() if name == "sampler" else cases.choices_inputs()
         make = reference.sampler_rows if name == "sampler" else reference.choices_rows
         make_vectors.write_model_free(name, inputs, make(inputs), tmp_path)
     else:
         make_vectors.write_case(cases.BY_NAME[name], tmp_path, False)
-    assert (tmp_path / name / "case.json").read_bytes() == (VECTORS / name / "case.json").read_bytes()
+    assert (tmp_path / name / "case.json").read_bytes() == (
+        VECTORS / name / "case.json"
+    ).read_bytes()
     made = {name: json.loads((tmp_path / name / "expected.json").read_text())}
     levels = certified(capsys, monkeypatch, hand_in(tmp_path, made), "--cases", name)[1]
     assert "FAIL" not in levels.values() and "PASS" in levels.values()
@@ -433,12 +461,18 @@ def test_vectors_are_the_authors(name):
     rows = published(name)
     folder = {"qwen3": "qwen3-tiny", "gpt_oss": "gptoss-tiny"}[name]
     golden = golden_scorer(f"{folder}.{targets}")[2]
-    for key, other, tolerance in (("logits", "logits", 2e-5), ("scores", "prob", 1e-5),
-                                  ("stop.hidden", "assess_hidden", 1e-4)):
+    for key, other, tolerance in (
+        ("logits", "logits", 2e-5),
+        ("scores", "prob", 1e-5),
+        ("stop.hidden", "assess_hidden", 1e-4),
+    ):
         close(torch.tensor(rows[key][:4]), golden[other], tolerance)
-    close(torch.tensor(rows["loss"]), golden["loss"], 1e-5)
-    names = {"grad/assess_token_embedding": "tokens", "grad/classifier_head.weight": "head.weight",
-             "grad/classifier_head.bias": "head.bias"}
+    close(torch.tensor([rows["loss"]]), golden["loss"].view(1), 1e-5)
+    names = {
+        "grad/assess_token_embedding": "tokens",
+        "grad/classifier_head.weight": "head.weight",
+        "grad/classifier_head.bias": "head.bias",
+    }
     gradients = {key: value for key, value in golden.items() if key.startswith("grad/")}
     assert len(gradients) == len(rows["grad"])
     for key, gradient in gradients.items():
@@ -491,8 +525,11 @@ def test_transformers_and_peft_pass(tmp_path, capsys, monkeypatch, name):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     import port_transformers
+
     rows = with_long_rows(name, port_transformers.outputs(name, longest=300, runs=False))
-    _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, {name: rows}), "--cases", name)
+    _, levels, _, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {name: rows}), "--cases", name
+    )
     assert [levels[level] for level in ("decoder", "score", "training")] == ["PASS"] * 3, text
 
 
@@ -508,18 +545,24 @@ def wrong_case(mistake):
 def wrong_run_rows(mistake, name, cache):
     """The rows of one run of the numpy port with a mistake, on the right uninterrupted paths."""
     key = mistake["key"]
-    wanted = {"cascade": "cascade", "run-ties-higher": "ties"}
+    wanted = {"cascade": "cascade", "run-ties-higher": "ties", "branch": "branches"}
     kind = wanted.get(key, wanted.get(key.partition("-")[0], "main"))
     case = published(name, "case")
     numbers = {run["name"]: i for i, run in enumerate(case["runs"])}
     if mistake["cases"][name].get("uninterrupted", {}).get("entries"):
         kind = "cascade"
     touched = list(mistake["cases"][name].get("paths", {}).get("entries", {}))
-    if kind != "cascade" and str(numbers[kind]) not in touched and touched:
+    if kind not in ("cascade", "branches") and str(numbers[kind]) not in touched and touched:
         kind = case["runs"][int(touched[0])]["name"]
     if name not in cache:
         cache[name] = port_numpy.Model(ORACLE / case["checkpoint"], published(name, "stop"))
     number = numbers[kind]
+    if kind == "branches":
+        rows = {row: [None] * len(case["runs"]) for row in ("uninterrupted", "paths", "kept")}
+        rows["uninterrupted"][number] = published(name)["uninterrupted"][number]
+        port = port_numpy.Branching(cache[name], case["runs"][number], key)
+        rows["paths"][number], rows["kept"][number] = port.all()
+        return rows
     port = port_numpy.Paths(cache[name], case["runs"][number], key)
     port.scored = cache.setdefault((name, kind), {})
     rows = {row: [None] * len(case["runs"]) for row in ("uninterrupted", "paths", "kept")}
@@ -535,8 +578,9 @@ def wrong_run_rows(mistake, name, cache):
 RUN_MODELS = {}
 
 
-@pytest.mark.parametrize("mistake", [one for one in MISTAKES if not one["key"].startswith(("loss", "grad"))],
-                         ids=key_of)
+@pytest.mark.parametrize(
+    "mistake", [one for one in MISTAKES if not one["key"].startswith(("loss", "grad"))], ids=key_of
+)
 def test_a_wrong_port_is_named(tmp_path, capsys, monkeypatch, mistake):
     """The numpy port with each known mistake, none of whose numbers is ours: refused, and named."""
     name = wrong_case(mistake)
@@ -546,7 +590,9 @@ def test_a_wrong_port_is_named(tmp_path, capsys, monkeypatch, mistake):
     else:
         longest = 300 if mistake["key"] == "bfloat16-positions" else 70
         rows = port_numpy.outputs(name, mistake["key"], longest=longest, runs=False)
-    status, levels, report, text = certified(capsys, monkeypatch, hand_in(tmp_path, {name: rows}), "--cases", name)
+    status, levels, report, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {name: rows}), "--cases", name
+    )
     assert status == 1 and "FAIL" in levels.values(), text
     assert cause_of(report)[2] == mistake["what"], text
 
@@ -558,24 +604,43 @@ def test_wrong_training_steps_are_named(tmp_path, capsys, monkeypatch):
     gradients = {key: torch.tensor(value) for key, value in expected["grad"].items()}
     scaled = {
         "grad-sum": {key: 4 * value for key, value in gradients.items()},
-        "grad-lora-unscaled": {key: value / 2 if "lora" in key else value for key, value in gradients.items()},
-        "grad-tokens-mean": {key: value / 4 if key == "tokens" else value for key, value in gradients.items()},
+        "grad-lora-unscaled": {
+            key: value / 2 if "lora" in key else value for key, value in gradients.items()
+        },
+        "grad-tokens-mean": {
+            key: value / 4 if key == "tokens" else value for key, value in gradients.items()
+        },
         "grad-negative": {key: -value for key, value in gradients.items()},
-        "grad-no-bias": {key: 0 * value if key == "head.bias" else value for key, value in gradients.items()},
-        "grad-lora-zero": {key: 0 * value if "lora" in key else value for key, value in gradients.items()}}
+        "grad-no-bias": {
+            key: 0 * value if key == "head.bias" else value for key, value in gradients.items()
+        },
+        "grad-lora-zero": {
+            key: 0 * value if "lora" in key else value for key, value in gradients.items()
+        },
+    }
     titles = {one["key"]: one["what"] for one in MISTAKES}
     for key, changed in scaled.items():
         rows = port | {"grad": {name: value.tolist() for name, value in changed.items()}}
-        _, levels, report, text = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen3": rows}), "--cases", "qwen3")
+        _, levels, report, text = certified(
+            capsys, monkeypatch, hand_in(tmp_path, {"qwen3": rows}), "--cases", "qwen3"
+        )
         assert levels["training"] == "FAIL" and cause_of(report)[2] == titles[key], text
     chances = torch.tensor(expected["scores"][:4]).double()
     labels = torch.tensor(published("qwen3", "case")["labels"]).double()
-    losses = {"loss-sum": 4 * expected["loss"], "loss-squares": ((chances - labels) ** 2).mean().item(),
-              "loss-hard": torch.nn.functional.binary_cross_entropy(chances, labels.round()).item(),
-              "loss-inverted": torch.nn.functional.binary_cross_entropy(chances, 1 - labels).item()}
+    losses = {
+        "loss-sum": 4 * expected["loss"],
+        "loss-squares": ((chances - labels) ** 2).mean().item(),
+        "loss-hard": torch.nn.functional.binary_cross_entropy(chances, labels.round()).item(),
+        "loss-inverted": torch.nn.functional.binary_cross_entropy(chances, 1 - labels).item(),
+    }
     for key, loss in losses.items():
         _, levels, report, text = certified(
-            capsys, monkeypatch, hand_in(tmp_path, {"qwen3": port | {"loss": loss}}), "--cases", "qwen3")
+            capsys,
+            monkeypatch,
+            hand_in(tmp_path, {"qwen3": port | {"loss": loss}}),
+            "--cases",
+            "qwen3",
+        )
         assert levels["training"] == "FAIL" and cause_of(report)[2] == titles[key], text
 
 
@@ -598,10 +663,13 @@ def test_an_unknown_mistake_is_not_named(tmp_path, capsys, monkeypatch):
         "next_logits": lambda rows: [[number + 1e-2 for number in rows[0]], *rows[1:]],
         "hidden": lambda rows: [[[float("nan")] * len(rows[0][0])] * len(rows[0]), *rows[1:]],
         "loss": lambda loss: loss * 1.01,
-        "kept": lambda rows: [rows[0][:-1] + [33], *rows[1:]]}
+        "kept": lambda rows: [rows[0][:-1] + [33], *rows[1:]],
+    }
     for row, change in changes.items():
         rows = expected | {row: change(expected[row])}
-        _, _, report, text = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2")
+        _, _, report, text = certified(
+            capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2"
+        )
         assert cause_of(report)[1:] == (row, None), text
         assert "no known mistake" in text
 
@@ -610,15 +678,25 @@ def test_the_check_is_blamed_only_where_the_paths_were_right(tmp_path, capsys, m
     """A run whose uninterrupted paths are wrong is not called a disturbed cache."""
     expected = published("qwen2")
     rows = json.loads(json.dumps(expected))
-    left = next(one for one in MISTAKES if one["key"] == "cache-left")["cases"]["qwen2"]["paths"]["entries"]
+    left = next(one for one in MISTAKES if one["key"] == "cache-left")["cases"]["qwen2"]["paths"][
+        "entries"
+    ]
     for label, entry in left.items():
         changed = {path["index"]: path for path in entry["value"]}
-        run_ = rows["paths"][int(label)]
-        rows["paths"][int(label)] = [changed.get(path["index"], path) for path in run_]
-    _, _, report, _ = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2")
+        paths = rows["paths"][int(label)]
+        rows["paths"][int(label)] = [changed.get(path["index"], path) for path in paths]
+    rows["paths"] = [
+        rows["paths"][int(label)] if str(label) in left else None
+        for label in range(len(rows["paths"]))
+    ]
+    _, _, report, _ = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2"
+    )
     assert cause_of(report)[1] == "paths" and "left in the cache" in cause_of(report)[2]
-    rows["uninterrupted"][0][3]["ids"][5] += 1
-    _, _, report, _ = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2")
+    rows["uninterrupted"][0][13]["ids"][5] += 1
+    _, _, report, _ = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2"
+    )
     assert cause_of(report) == ("qwen2", "uninterrupted", None)
 
 
@@ -631,16 +709,22 @@ def test_part_of_a_row_is_not_a_pass(tmp_path, capsys, monkeypatch):
             path.pop("score")
     parts = {
         "score": {"scores": expected["scores"]},
-        "decoder": {"next_logits": expected["next_logits"],
-                    "hidden": [expected["hidden"][0]] + [None] * 7},
+        "decoder": {
+            "next_logits": expected["next_logits"],
+            "hidden": [expected["hidden"][0]] + [None] * 7,
+        },
         "training": {"loss": expected["loss"], "grad": dict(list(expected["grad"].items())[:2])},
-        "run": {row: bare[row] for row in ("uninterrupted", "paths", "kept")}}
+        "run": {row: bare[row] for row in ("uninterrupted", "paths", "kept")},
+    }
     for level, rows in parts.items():
         status, levels, _, text = certified(
-            capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2")
+            capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2"
+        )
         assert levels[level] == "NOT SHOWN" and status == 1, text
     rows = {row: value for row, value in expected.items() if not row.startswith("stop.")}
-    status, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2")
+    status, levels, _, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2"
+    )
     assert levels["score"] == "PASS" and status == 0 and "(only qwen2)" in text
 
 
@@ -654,25 +738,40 @@ def test_harmless_differences_pass(tmp_path, capsys, monkeypatch):
     sampler = published("sampler")
     sampler["keys"] = ["0x" + key.upper().lstrip("0") for key in sampler["keys"]]
     _, levels, _, text = certified(
-        capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows, "sampler": sampler}), "--cases", "qwen2,sampler")
+        capsys,
+        monkeypatch,
+        hand_in(tmp_path, {"qwen2": rows, "sampler": sampler}),
+        "--cases",
+        "qwen2,sampler",
+    )
     assert set(levels.values()) == {"PASS"}, text
 
 
 def test_one_wrong_shape_fails_its_row_only(tmp_path, capsys, monkeypatch):
     expected = published("qwen2")
-    rows = expected | {"scores": expected["scores"][:3] + [[0.5]] + expected["scores"][4:],
-                       "grad": expected["grad"] | {"head.bias": [[0.0]]}, "kept": "all"}
-    _, levels, report, text = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2")
+    rows = expected | {
+        "scores": expected["scores"][:3] + [[0.5]] + expected["scores"][4:],
+        "grad": expected["grad"] | {"head.bias": [[0.0]]},
+        "kept": "all",
+    }
+    _, levels, report, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), "--cases", "qwen2"
+    )
     failed = {row["row"] for row in report["rows"] if row["result"] == "FAIL"}
     assert failed == {"scores", "grad", "kept"} and levels["decoder"] == "PASS", text
 
 
 def test_safetensors_are_read_too(tmp_path, capsys, monkeypatch):
     expected = published("m8")
-    tensors = {"logits": torch.tensor(expected["logits"]), "scores": torch.tensor(expected["scores"]),
-               "loss": torch.tensor([expected["loss"]])}
+    tensors = {
+        "logits": torch.tensor(expected["logits"]),
+        "scores": torch.tensor(expected["scores"]),
+        "loss": torch.tensor([expected["loss"]]),
+    }
     tensors |= {f"grad.{key}": torch.tensor(value) for key, value in expected["grad"].items()}
-    tensors |= {f"stop.hidden.{i}": torch.tensor(value) for i, value in enumerate(expected["stop.hidden"])}
+    tensors |= {
+        f"stop.hidden.{i}": torch.tensor(value) for i, value in enumerate(expected["stop.hidden"])
+    }
     save_file(tensors, tmp_path / "m8.safetensors")
     _, levels, _, text = certified(capsys, monkeypatch, tmp_path, "--cases", "m8")
     assert levels["score"] == levels["training"] == "PASS", text
@@ -682,13 +781,16 @@ def test_bfloat16_of_ours_passes_and_a_mistake_does_not(tmp_path, capsys, monkey
     import cases
     import reference
     from vector_files import to_json
+
     case = cases.BY_NAME["qwen2"]
     model = case.model(torch.bfloat16)
     inputs = published("qwen2", "case")
     rows = json.loads(to_json(reference.case_rows(case, model, case.stop(model), inputs)))
     words = ("--cases", "qwen2", "--dtype", "bfloat16")
     _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), *words)
-    assert [levels[level] for level in ("decoder", "score", "training", "run")] == ["PASS"] * 4, text
+    assert [levels[level] for level in ("decoder", "score", "training", "run")] == [
+        "PASS"
+    ] * 4, text
     _, levels, _, _ = certified(capsys, monkeypatch, tmp_path, "--cases", "qwen2")
     assert levels["decoder"] == "FAIL"  # it is not float32
     wrong = port_numpy.outputs("qwen2", "rope-pairs", longest=300, runs=False)
@@ -706,18 +808,34 @@ def test_bfloat16_of_ours_passes_and_a_mistake_does_not(tmp_path, capsys, monkey
 def test_fresh_inputs(tmp_path, capsys, monkeypatch):
     """Right answers pass, those to other inputs fail, and a seed gives the same inputs again."""
     import cases
-    status, _, _, err = run(capsys, monkeypatch, "oracle/certify.py", "--fresh", 7, "--write",
-                            tmp_path / "in", "--cases", "qwen2")
+
+    status, _, _, err = run(
+        capsys,
+        monkeypatch,
+        "oracle/certify.py",
+        "--fresh",
+        7,
+        "--write",
+        tmp_path / "in",
+        "--cases",
+        "qwen2",
+    )
     assert status == 0, err
     inputs = json.loads((tmp_path / "in" / "qwen2" / "case.json").read_text())
     assert inputs["prefixes"] != cases.fresh_case(cases.BY_NAME["qwen2"], 8, 512)["prefixes"]
-    monkeypatch.setattr(port_numpy, "case_of", lambda name: inputs | {"levels": ["decoder", "score", "run"]})
+    monkeypatch.setattr(
+        port_numpy, "case_of", lambda name: inputs | {"levels": ["decoder", "score", "run"]}
+    )
     rows = port_numpy.outputs("qwen2")
     words = ("--cases", "qwen2", "--fresh")
-    _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7)
+    _, levels, _, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7
+    )
     assert [levels[level] for level in ("decoder", "score", "run")] == ["PASS"] * 3, text
     rows["paths"][0][rows["kept"][0][0]]["ids"][-1] ^= 1
-    _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7)
+    _, levels, _, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7
+    )
     assert levels["run"] == "FAIL" and levels["score"] == "PASS", text
 
 
@@ -725,6 +843,7 @@ def test_an_engine_is_asked_over_http(capsys, monkeypatch):
     """A server that answers scores and the sampler, and does not offer the rest."""
     import http.server
     import threading
+
     expected = published("m8")
     prefixes = [prefix["ids"] for prefix in published("m8", "case")["prefixes"]]
 
@@ -748,17 +867,22 @@ def test_an_engine_is_asked_over_http(capsys, monkeypatch):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
-    status, _, lines, err = run(capsys, monkeypatch, "oracle/certify.py", "--server", url, "--cases", "m8,sampler")
+    status, _, lines, err = run(
+        capsys, monkeypatch, "oracle/certify.py", "--server", url, "--cases", "m8,sampler"
+    )
     server.shutdown()
     text = "\n".join(lines)
-    assert status == 0 and "score     float32   PASS" in text and "sampler   float32   PASS" in text, text + err
+    assert (
+        status == 0 and "score     float32   PASS" in text and "sampler   float32   PASS" in text
+    ), (text + err)
     assert "training  float32   NOT SHOWN" in text
 
 
 def test_the_archive_needs_no_python(tmp_path, capsys, monkeypatch):
-    """It unpacks to files whose digests it lists; weights come back bit for bit; twice the same bytes."""
+    """It lists its files' digests; weights come back bit for bit; twice the same bytes."""
     import archive
     import tarfile
+
     monkeypatch.setattr(archive.cases, "CASES", archive.cases.CASES[:1])
     content = archive.pack(archive.contents())
     assert content == archive.pack(archive.contents())
@@ -776,10 +900,19 @@ def test_the_archive_needs_no_python(tmp_path, capsys, monkeypatch):
         assert torch.equal(values, weight), name
 
 
-@pytest.mark.parametrize("what, message", (
-    ("no folder", "no such folder"), ("junk", "qwen2.safetensors: not a whole"),
-    ("name", "'score': unknown"), ("json", "qwen2.json: not JSON"), ("case", "--cases: found 'llama'"),
-    ("level", "--levels: found 'all'"), ("write", "--write"), ("nothing", "expected one of DIR")))
+@pytest.mark.parametrize(
+    "what, message",
+    (
+        ("no folder", "no such folder"),
+        ("junk", "qwen2.safetensors: not a whole"),
+        ("name", "'score': unknown"),
+        ("json", "qwen2.json: not JSON"),
+        ("case", "--cases: found 'llama'"),
+        ("level", "--levels: found 'all'"),
+        ("write", "--write"),
+        ("nothing", "expected one of DIR"),
+    ),
+)
 def test_bad_outputs(tmp_path, capsys, monkeypatch, what, message):
     """Exit status 2 and one line that names the file."""
     words = {"case": ["--cases", "llama"], "level": ["--levels", "all"]}.get(what, [])
@@ -797,4 +930,6 @@ def test_bad_outputs(tmp_path, capsys, monkeypatch, what, message):
     elif what == "nothing":
         folder = []
     status, _, _, err = run(capsys, monkeypatch, "oracle/certify.py", *folder, *words)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert (
+        status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    ), err
