@@ -274,6 +274,7 @@ svg.run{{font:12px {FONT};display:block;max-width:100%;height:auto}}
 .run .number{{font-variant-numeric:tabular-nums}} .run .heading{{font-size:14px}}
 .run .grid{{stroke:var(--line)}} .run .check{{stroke:var(--ink);stroke-dasharray:2 3}}
 .run .fork{{stroke:var(--quiet);fill:none}} .run .card{{fill:var(--paper)}}
+.run .halo{{stroke:var(--paper);stroke-width:5;paint-order:stroke}}
 .run .good{{fill:var(--high)}} .run .bad{{fill:var(--bad)}} .run .hit{{fill:transparent}}
 """
 
@@ -484,8 +485,8 @@ def draw_savings(frame):
     x = frame.x(run.checks[0][0]) + 18
     y = frame.first_pruned + space / 2
     saved = f"{run.tokens:,} tokens; about {run.saved:.0%} saved"
-    return [words(x, y - 4, f"{counted(frame.pruned, 'path')} pruned", "quiet"),
-            words(x, y + 13, saved, "quiet small number")]
+    return [words(x, y - 4, f"{counted(frame.pruned, 'path')} pruned", "quiet halo"),
+            words(x, y + 13, saved, "quiet small number halo")]
 
 
 def draw_votes(frame):
@@ -670,7 +671,7 @@ def page(run):
         style=palette() + SVG_STYLE + PAGE_STYLE,
         heading=escaped(verdict(run)),
         about=escaped(summary(run)),
-        question=broken(escaped(run.question)),
+        question=escaped(broken(run.question)),
         wide=drawing(run, 960),
         narrow=drawing(run, 380),
         texts="\n".join(articles),
@@ -696,12 +697,13 @@ def article(bar, number):
 
 def text_of(bar):
     """HTML of a path's text, with its checks, and the wrong line marked."""
-    places = {0, len(bar.text), *(cut.position for cut in bar.cuts), *(bar.wrong or ())}
+    text = broken(bar.text)
+    places = {0, len(text), *(cut.position for cut in bar.cuts), *(bar.wrong or ())}
     labels = {cut.position: cut.label for cut in bar.cuts}
     ordered = sorted(places)
     parts = []
     for start, end in zip(ordered, ordered[1:]):
-        piece = broken(escaped(bar.text[start:end]))
+        piece = escaped(text[start:end])
         if bar.wrong is not None and bar.wrong[0] <= start < bar.wrong[1]:
             piece = tag("mark", piece, class_="wrong", title="here it goes wrong")
         parts.append(piece)
@@ -711,8 +713,8 @@ def text_of(bar):
 
 
 def broken(text):
-    """Escaped text with a new line behind the toy's mark for one."""
-    return text.replace("&lt;nl&gt; ", "&lt;nl&gt;\n")
+    """Text of the same length with new lines behind the toy's mark for one."""
+    return text.replace("<nl> ", "<nl>\n")
 
 
 def check_file(file):

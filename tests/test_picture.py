@@ -309,6 +309,15 @@ def test_the_study_marks_wrong_lines(tmp_path):
         re.findall(r"<mark[^>]*>(.*?)</mark>", page))
 
 
+def test_the_readmes_drawing_is_of_a_run_of_64_paths():
+    """python studies/picture.py --problem toy-test-0268 --out studies/run.svg writes it again."""
+    drawing = (ROOT / "studies" / "run.svg").read_text(encoding="utf-8")
+    boxes = boxes_of(drawing)
+    lengths = sorted(width for _, width in boxes.values())
+    assert len(boxes) == 64 and lengths[0] == lengths[55] < lengths[56]
+    assert "check at 40: 8 go on" in drawing
+
+
 # ------------------------------------------------------------------------------------- in a browser
 
 
