@@ -452,9 +452,12 @@ def answer_prompt(model, stop, tokenizer, settings):
         run = picture.record(
             settings.prompt, paths, checks, tokenizer, answer_of, saved, settings.kind)
         picture.write(settings.picture, run)
+    majority = vote(answers, kind=settings.kind)
+    weighted = vote(answers, [path.score for path in finished], settings.kind)
+    print(f"answer by score: {weighted}; by majority: {majority}")
     print(json.dumps({
-        "majority": vote(answers, kind=settings.kind),
-        "weighted": vote(answers, [path.score for path in finished], settings.kind),
+        "weighted": weighted,
+        "majority": majority,
         "kept": sum(path.status != "pruned" for path in paths),
         "decided_early": sum(path.status == "decided" for path in paths),
         "n": settings.n,

@@ -23,8 +23,8 @@ import time
 import torch
 from huggingface_hub.utils import tqdm
 
-from eval import auroc, pairwise_accuracy, summary
 from eval import run as evaluate_run
+from eval import summary
 from plumbing import memory, processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import find_folder
@@ -35,6 +35,7 @@ from plumbing.plan import Plan
 from plumbing.problems import Problem, read_problems, read_sources, without_held_out
 from plumbing.records import (
     Job, claim, digest, locked, read_json, read_sealed, write_sealed)
+from plumbing.statistics import auroc, pairwise_accuracy
 from sample import (
     check_prompts, decoding_rate, model_digest, open_model, prefill, require_finite, room,
     sample_all, sample_paths, sampling_of, token_bar)

@@ -309,6 +309,8 @@ def test_the_papers_savings_from_its_lengths(length, saving):
 class Known:
     """A Stop whose scores are given, and which notes what it was asked."""
     m = 4
+    trained_for = Stop.trained_for
+    trained_limit = Stop.trained_limit
 
     def __init__(self, scores, **trained):
         self.scores = scores

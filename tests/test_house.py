@@ -217,9 +217,9 @@ def check_node(node, name):
 
 
 def test_golden_data_stays_small():
-    """The data the tests carry: at most 4 MB in all, and within it nothing but data and READMEs."""
+    """The data the tests carry: at most 8 MB in all, and within it nothing but data and READMEs."""
     files = [file for file in (ROOT / "oracle" / "golden").rglob("*") if file.is_file()]
-    assert 0 < sum(file.stat().st_size for file in files) <= 4_000_000
+    assert 0 < sum(file.stat().st_size for file in files) <= 8_000_000
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".bin", ".pth"}
 
 
