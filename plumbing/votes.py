@@ -12,14 +12,17 @@ def is_decided(answers, weights, outstanding, kind="math"):
 
     The bound holds whatever they say. The winner counts only with votes that are spelled alike; an
     outstanding vote may be for anybody, and may even show two different answers to be equal, so
-    answers that may turn out equal count together. A tie is never decided: order breaks it."""
+    answers that may turn out equal count together. A tie is never decided: order breaks it. Nor is a
+    winner decided that may be read in two ways: an outstanding vote could name it otherwise."""
     spelled = {}
     for answer, weight in zip(answers, weights):
         if answer is not None:
             spelled[answer] = spelled.get(answer, 0.0) + weight
     if not spelled:
-        return outstanding == 0
+        return False  # even a vote of no weight would name an answer
     winner = max(spelled, key=spelled.get)
+    if OPEN_ENDED.search(winner):
+        return False
     strongest = 0.0
     for group in groups_that_may_be_equal(spelled.keys() - {winner}, kind):
         strongest = max(strongest, sum(spelled[answer] for answer in group))
