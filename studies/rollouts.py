@@ -1,0 +1,495 @@
+"""Pruned rollouts for reinforcement learning: which estimate is honest, and does pruning pay?
+(Beyond the paper.)
+
+    python studies/rollouts.py                          # the embedded toy; --jobs 2: on two cores
+    python studies/rollouts.py --train-tokens 0         # the gradients alone, no training
+
+A group is N paths of a problem, with rewards r_i of 0 or 1. STOP scores each prefix: s_i, the chance
+that the path ends right. Path i is finished (k_i = 1) with chance pi_i = clip(c f(s_i), least, 1), by
+a coin of its own; of a pruned path nothing but the prefix is known. (The best k by score would give
+some paths no chance at all, and no weight corrects that.) Every estimate of the policy gradient is
+
+    g = sum over i of  a_i grad log p(prefix_i)  +  c_i grad log p(rest_i given prefix_i)
+
+and the forms differ in a_i and c_i. With w_i = k_i / pi_i and b_-i the mean of others' values:
+
+    whole group           a = c = (r_i - b_-i) / N         values r_j; nothing is pruned
+    kept only             a = c = (r_i - b_-i) / kept      values r_j, of kept paths only
+    pruned as 0           a = (k_i r_i - b_-i) / N         values k_j r_j; c = k_i a
+    reweighted            a = c = w_i (r_i - b_-i) / N     values w_j r_j
+    reweighted, scores    a = c = w_i (r_i - b_-i) / N     values v_j = s_j + w_j (r_j - s_j)
+    scores as critic      a = (v_i - b_-i) / N             values v_j; c = w_i (r_i - s_i) / N
+
+The two reweighted forms are the whole group's estimate on average over the coins, and so unbiased,
+whatever the scores: E[w_i] = 1, and b_-i depends on others' coins only, so E[w_i b_-i] = E[b_-i], the
+mean of others' rewards. That each pi_i comes from path i's own score is not needed: it is enough that
+the coins are independent once all pi are fixed from the prefixes, and that no pi_i is 0. The last form
+is unbiased too: v_i estimates r_i without bias, and for what follows the checkpoint any function of the
+prefix may serve as the baseline, s_i as well as b. The kept-only form takes the kept paths' mean for
+the mean; "pruned as 0" is the exact gradient of something else, the chance of being kept and right.
+
+What pi is best? Of one path, variance is E[u_i / pi_i] - |g|^2 with u_i = E[c_i^2 | s_i] |grad|^2 at
+pi = 1, and tokens are prefix + pi_i rest. Their product is least at pi_i = min(1, c sqrt(u_i)):
+
+    reweighted forms      u = s (1 - 2 b) + b^2            shape "advantage"
+    scores as critic      u = s (1 - s)                    shape "doubt"
+"""
+import concurrent.futures
+import dataclasses
+import io
+import json
+import math
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+
+try:
+    import matplotlib.figure
+except ImportError:
+    matplotlib = None
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from baselines import progress
+from eval import Interval
+from plumbing.answers import extract_answer, same_answer
+from plumbing.checkpoint import find_folder
+from plumbing.command_line import command_line, option, require_positive
+from plumbing.problems import read_problems
+from plumbing.records import Job, digest, locked, write_atomic
+from sample import Batch, Path as SampledPath
+from sample import generate, model_digest, open_model, prefill, sampling_of
+from shared import StopSettings, load_problems, load_stop, numbers, require, stored_paths, write_table
+from stop import score_ended, score_live, stop_digest
+
+SKETCH = 512            # numbers that a gradient of all weights is folded to
+SHARES = (0.25, 0.4, 0.6, 0.8)
+STEPS = (32, 1024)      # groups in a step, for the mean squared error of biased forms
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(StopSettings):
+    """What `python studies/rollouts.py` can be told."""
+    out: str = option("runs/rollouts", "folder for all that is made, taken up by the same command")
+    top_k: int = option(0, "off: the gradient is that of the whole distribution")
+    top_p: float = option(1.0, "off, likewise")
+    train_data: str | None = option(
+        None, "problems to train on (default: train.jsonl in the model's directory)")
+    prefixes: str = option("40,80", "checkpoints to try, in new tokens")
+    problems: int = option(32, "gradients: problems, the first of --data")
+    paths: int = option(64, "gradients: paths a problem")
+    group: int = option(16, "gradients: paths a group")
+    rounds: int = option(24, "gradients: random ways to form groups and to toss coins")
+    least: float = option(0.1, "the least chance to be kept")
+    train_prefix: int = option(40, "training: the checkpoint")
+    train_share: float = option(0.4, "training: the share of the paths that is kept")
+    train_group: int = option(8, "training: paths a group")
+    train_tokens: int = option(250_000, "training: tokens of a run; 0: no training")
+    step_tokens: int = option(8_000, "training: tokens of a step")
+    lr: float = option(5e-4, "training: Adam's learning rate")
+    refit_lr: float = option(1e-3, "training: AdamW's learning rate for a STOP that is refitted")
+    seeds: int = option(3, "training: runs of each form")
+    evaluations: int = option(3, "training: how often a run is evaluated")
+    test_problems: int = option(64, "training: held-out problems, the last of --data")
+    test_paths: int = option(4, "training: paths of each of them")
+    jobs: int = option(1, "training: runs at a time, each a process of one thread")
+
+
+# The estimates of a group
+
+
+class Draw(NamedTuple):
+    """Groups after the coins were tossed; each is (..., N) float. Rewards of pruned paths may be
+    anything: they are not known."""
+    rewards: torch.Tensor
+    scores: torch.Tensor
+    chances: torch.Tensor  # pi, to be kept
+    kept: torch.Tensor     # 1 or 0
+
+
+class Weights(NamedTuple):
+    """What the gradients of a group's paths are added up with; each is (..., N)."""
+    prefix: torch.Tensor
+    rest: torch.Tensor
+
+
+def known_rewards(draw):
+    """Rewards, with 0 where a path was pruned."""
+    return torch.where(draw.kept > 0, draw.rewards, 0.0)
+
+
+def mean_of_others(values):
+    """For each path of a group the mean of the other paths' values."""
+    N = values.shape[-1]
+    return (values.sum(-1, keepdim=True) - values) / (N - 1)
+
+
+def values_with_scores(draw):
+    """Estimates of all rewards: the score, and if a path was kept, the reweighted difference."""
+    surprise = draw.kept / draw.chances * (known_rewards(draw) - draw.scores)
+    return draw.scores + surprise
+
+
+def whole_group(draw):
+    """Leave-one-out baseline (RLOO); all paths must have been kept."""
+    advantages = draw.rewards - mean_of_others(draw.rewards)
+    weights = advantages / advantages.shape[-1]
+    return Weights(weights, weights)
+
+
+def kept_only(draw):
+    """The kept paths as if they had been the group: what is usually done."""
+    rewards = known_rewards(draw)
+    count = draw.kept.sum(-1, keepdim=True)
+    others = (rewards.sum(-1, keepdim=True) - rewards) / (count - 1).clamp(min=1)
+    weights = draw.kept * (rewards - others) / count.clamp(min=1)
+    weights = torch.where(count > 1, weights, 0.0)  # one path has nothing to be compared with
+    return Weights(weights, weights)
+
+
+def pruned_as_zero(draw):
+    """A pruned path is a path that ended wrong at the checkpoint."""
+    rewards = known_rewards(draw)
+    weights = (rewards - mean_of_others(rewards)) / rewards.shape[-1]
+    return Weights(weights, draw.kept * weights)
+
+
+def reweighted(draw):
+    """Inverse-probability weights, in the sum and in the baseline."""
+    rewards = known_rewards(draw)
+    factors = draw.kept / draw.chances
+    weights = factors * (rewards - mean_of_others(factors * rewards)) / rewards.shape[-1]
+    return Weights(weights, weights)
+
+
+def reweighted_with_scores(draw):
+    """The same, and pruned paths join the baseline by their scores."""
+    rewards = known_rewards(draw)
+    baseline = mean_of_others(values_with_scores(draw))
+    weights = draw.kept / draw.chances * (rewards - baseline) / rewards.shape[-1]
+    return Weights(weights, weights)
+
+
+def scores_as_critic(draw):
+    """Prefixes of pruned paths take part with their scores; a score is the baseline of what follows
+    its own prefix."""
+    N = draw.rewards.shape[-1]
+    values = values_with_scores(draw)
+    surprise = draw.kept / draw.chances * (known_rewards(draw) - draw.scores)
+    return Weights((values - mean_of_others(values)) / N, surprise / N)
+
+
+# The chances to be kept
+
+
+def alike(scores, base):
+    """Every path has the same chance."""
+    return torch.ones_like(scores)
+
+
+def by_score(scores, base):
+    """The promising ones are kept."""
+    return scores
+
+
+def by_advantage(scores, base):
+    """Root mean square of r - base where r is 1 with chance s."""
+    return (scores * (1 - 2 * base) + base ** 2).sqrt()
+
+
+def by_doubt(scores, base):
+    """Root mean square of r - s where r is 1 with chance s."""
+    return (scores * (1 - scores)).sqrt()
+
+
+def keep_chances(shape, scores, share, least):
+    """pi = clip(c f(s), least, 1), with the c that makes their mean over all scores the share."""
+    wanted = shape(scores, scores.mean()).clamp(min=1e-9)
+    low = -30.0
+    high = 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        chances = (wanted * math.exp(middle)).clamp(least, 1.0)
+        if chances.mean() < share:
+            low = middle
+        else:
+            high = middle
+    return chances
+
+
+class Form(NamedTuple):
+    """An estimate, and how its paths are kept in training."""
+    name: str
+    weights: Callable
+    is_unbiased: bool
+    shape: Callable
+    prunes: bool = True
+
+
+FORMS = [
+    Form("whole group", whole_group, True, alike, prunes=False),
+    Form("kept only", kept_only, False, by_score),
+    Form("pruned as 0", pruned_as_zero, False, by_score),
+    Form("reweighted", reweighted, True, by_advantage),
+    Form("reweighted, scores", reweighted_with_scores, True, by_advantage),
+    Form("scores as critic", scores_as_critic, True, by_doubt),
+    Form("scores as critic, no pruning", scores_as_critic, True, alike, prunes=False)]
+SHAPES = {"alike": alike, "score": by_score, "advantage": by_advantage, "doubt": by_doubt}
+
+
+# Gradients of the model's own weights
+
+
+def log_chances(model, paths, temperature):
+    """(log p (B, T), number (B, T)) of SampledPaths, right-padded: the log-probability of each token,
+    and which new token of its path it is. Numbers below 0 are the prompt's; padding has -1."""
+    rows = [torch.tensor(path.prompt_ids + path.ids) for path in paths]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    logits = model.logits(model(ids[:, :-1])).float() / temperature
+    logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    first = torch.tensor([len(path.prompt_ids) - 1 for path in paths], device=ids.device)
+    count = torch.tensor([len(path.ids) for path in paths], device=ids.device)
+    number = torch.arange(logp.shape[1], device=ids.device) - first[:, None]
+    return logp, torch.where(number < count[:, None], number, -1)
+
+
+class Sketch:
+    """Gradients of all of a model's weights, folded to SKETCH numbers: weight j is added to number
+    j mod SKETCH with a random sign. Inner products stay what they were, on average over signs."""
+
+    def __init__(self, model, seed):
+        self.weights = list(model.parameters())
+        size = sum(weight.numel() for weight in self.weights)
+        generator = torch.Generator().manual_seed(seed)
+        rows = -(-size // SKETCH)
+        bits = torch.randint(2, (rows * SKETCH,), generator=generator)
+        self.signs = (bits * 2.0 - 1.0)
+        self.size = size
+
+    def __call__(self, value, retain=False):
+        """The folded gradient (SKETCH,) of a number."""
+        parts = torch.autograd.grad(value, self.weights, retain_graph=retain)
+        flat = torch.zeros_like(self.signs)
+        flat[:self.size] = torch.cat([part.flatten() for part in parts]).cpu()
+        return (flat * self.signs).view(-1, SKETCH).sum(0)
+
+
+class Pool(NamedTuple):
+    """Stored paths with their gradients. Q problems, M paths each."""
+    rewards: torch.Tensor   # (Q, M)
+    lengths: torch.Tensor   # (Q, M) tokens
+    scores: dict            # checkpoint -> (Q, M)
+    prefix: dict            # checkpoint -> (Q, M, SKETCH), of log p of the first so many tokens
+    whole: torch.Tensor     # (Q, M, SKETCH), of log p of the path
+
+
+def pool_of(model, stop, records, checkpoints, settings, folder):
+    """The Pool of the records of sample_paths; its gradients are stored in the folder."""
+    identity = digest(model_digest(model), checkpoints, settings.temperature, settings.seed, SKETCH,
+                      [record["paths"] for record in records])
+    file = folder / f"gradients-{identity[:12]}.npy"
+    if not file.is_file():
+        content = io.BytesIO()
+        np.save(content, gradients_of(model, records, checkpoints, settings), allow_pickle=False)
+        write_atomic(file, content.getvalue())
+    gradients = torch.from_numpy(np.load(file, allow_pickle=False))
+    shape = (len(records), len(records[0]["paths"]))
+    scores = {}
+    prefix = {}
+    for place, checkpoint in enumerate(checkpoints):
+        prefix[checkpoint] = gradients[place].view(*shape, SKETCH)
+        prefixes = []
+        for record in records:
+            prefixes += [record["prompt_ids"] + ids[:checkpoint] for ids in record["paths"]]
+        scores[checkpoint] = stop.score(model, prefixes, batch=64).cpu().view(shape)
+    rewards = torch.tensor([record["right"] for record in records], dtype=torch.float32)
+    lengths = torch.tensor([[len(ids) for ids in record["paths"]] for record in records])
+    return Pool(rewards, lengths, scores, prefix, gradients[-1].view(*shape, SKETCH))
+
+
+def gradients_of(model, records, checkpoints, settings):
+    """Folded gradients (checkpoints + 1, paths, SKETCH): of each prefix, and last of the path."""
+    model.requires_grad_(True)
+    sketch = Sketch(model, settings.seed)
+    paths = []
+    for record in records:
+        paths += [SampledPath(record["prompt_ids"], i, ids) for i, ids in enumerate(record["paths"])]
+    found = torch.zeros(len(checkpoints) + 1, len(paths), SKETCH)
+    with progress(len(paths), "path", "gradients") as bar:
+        for i, path in enumerate(paths):
+            logp, number = log_chances(model, [path], settings.temperature)
+            for place, checkpoint in enumerate(checkpoints):
+                is_prefix = (number >= 0) & (number < checkpoint)
+                found[place, i] = sketch(logp[is_prefix].sum(), retain=True)
+            found[-1, i] = sketch(logp[number >= 0].sum())
+            bar.update()
+    model.requires_grad_(False)
+    return found.numpy()
+
+
+# Bias, variance, tokens
+
+
+class Plan(NamedTuple):
+    """How paths are kept."""
+    checkpoint: int
+    shape: str    # of SHAPES
+    share: float
+    scores: str = "STOP"  # or useless, wrong
+
+
+class Measured(NamedTuple):
+    """What one form gives under one plan, a problem each."""
+    form: Form
+    plan: Plan
+    variance: torch.Tensor  # (Q,) of a group's estimate, over paths and coins
+    halves: torch.Tensor    # (2, Q, SKETCH) its mean over either half of the paths
+    tokens: torch.Tensor    # (Q,) of a group
+
+
+def changed_scores(scores, kind, generator):
+    """STOP's scores (Q, M), or others of the same values that say nothing, or the opposite."""
+    if kind == "useless":
+        order = torch.rand(scores.shape, generator=generator).argsort(-1)
+        return scores.gather(-1, order)
+    if kind == "wrong":
+        rising = scores.sort(-1).values
+        places = (-scores).argsort(-1).argsort(-1)
+        return rising.gather(-1, places)  # the best prefix gets the lowest score
+    return scores
+
+
+def random_groups(Q, M, N, generator):
+    """Path numbers (Q, M / N, N): the first half of the groups has the first half of the paths."""
+    first = torch.rand(Q, M // 2, generator=generator).argsort(-1)
+    second = torch.rand(Q, M // 2, generator=generator).argsort(-1) + M // 2
+    return torch.cat((first, second), 1).view(Q, M // N, N)
+
+
+def measure(pool, plan, forms, settings):
+    """The Measured of each form under a plan."""
+    Q, M = pool.rewards.shape
+    generator = torch.Generator().manual_seed(settings.seed)
+    scores = changed_scores(pool.scores[plan.checkpoint], plan.scores, generator)
+    chances = keep_chances(SHAPES[plan.shape], scores, plan.share, settings.least)
+    ended = pool.lengths <= plan.checkpoint
+    chances = torch.where(ended, 1.0, chances)  # nothing is saved by pruning these
+    if plan.share == 1:
+        chances = torch.ones_like(chances)
+    read = pool.lengths.clamp(max=plan.checkpoint)
+    tokens = (read + chances * (pool.lengths - read)).mean(-1) * settings.group
+
+    variance = torch.zeros(len(forms), Q)
+    halves = torch.zeros(len(forms), 2, Q, SKETCH)
+    for _ in range(settings.rounds):
+        groups = random_groups(Q, M, settings.group, generator)
+
+        def grouped(values):
+            return values.gather(1, groups.flatten(1)).view(groups.shape)
+
+        chance = grouped(chances)
+        coins = torch.rand(groups.shape, generator=generator)
+        kept = (coins < chance).float()
+        draw = Draw(grouped(pool.rewards), grouped(scores), chance, kept)
+        problem = torch.arange(Q)[:, None, None]
+        prefix = pool.prefix[plan.checkpoint][problem, groups]  # (Q, G, N, SKETCH)
+        rest = pool.whole[problem, groups] - prefix
+        for number, form in enumerate(forms):
+            weights = form.weights(draw)
+            found = torch.einsum("qgn,qgnd->qgd", weights.prefix, prefix)
+            found += torch.einsum("qgn,qgnd->qgd", weights.rest, rest)
+            variance[number] += found.var(1).sum(-1) / settings.rounds
+            by_half = found.unflatten(1, (2, -1)).mean(2)  # (Q, 2, SKETCH)
+            halves[number] += by_half.transpose(0, 1) / settings.rounds
+    return [Measured(form, plan, variance[i], halves[i], tokens) for i, form in enumerate(forms)]
+
+
+def quality(measured, whole, chosen):
+    """A form against the whole group on the chosen problems: a dict of numbers, relative where they
+    can be. Products of the two halves of the paths have no noise of their own in the mean."""
+    bias = (measured.halves - whole.halves)[:, chosen].mean(1)  # (2, SKETCH)
+    found = measured.halves[:, chosen].mean(1)
+    truth = whole.halves[:, chosen].mean(1)
+    size = truth[0] @ truth[1]
+    bias_square = bias[0] @ bias[1]
+    along = (found[0] @ truth[1] + found[1] @ truth[0]) / 2
+    cosine = along / (size * found[0] @ found[1]).clamp(min=1e-30).sqrt()
+    tokens = measured.tokens[chosen].mean() / whole.tokens[chosen].mean()
+    variance = measured.variance[chosen].mean() / whole.variance[chosen].mean()
+    row = {
+        "bias": (bias_square / size).clamp(min=0).sqrt().item(),
+        "cosine": cosine.item(),
+        "variance": variance.item(),
+        "tokens": tokens.item()}
+    if measured.form.is_unbiased:
+        bias_square = 0.0
+    for groups in STEPS:
+        own = bias_square * groups / whole.variance[chosen].mean()
+        row[f"mse_{groups}"] = (variance * tokens + own).item()
+    return row
+
+
+def with_intervals(measured, whole):
+    """`quality` with 95% intervals, by jackknife over problems: name -> Interval."""
+    Q = len(whole.tokens)
+    everything = quality(measured, whole, list(range(Q)))
+    without = []
+    for left_out in range(Q):
+        without.append(quality(measured, whole, [q for q in range(Q) if q != left_out]))
+    found = {}
+    for name, value in everything.items():
+        values = np.array([row[name] for row in without])
+        spread = 1.96 * math.sqrt((Q - 1) * values.var())
+        found[name] = Interval(value, value - spread, value + spread)
+    return found
+
+
+def study_gradients(pool, checkpoints, settings):
+    """Rows of the table of gradients: every form under every plan, as dicts."""
+    pruning = [form for form in FORMS if form.prunes]
+    unpruned = [form for form in FORMS if not form.prunes]
+    rows = []
+    for checkpoint in checkpoints:
+        plans = [Plan(checkpoint, shape, share) for shape in SHAPES for share in SHARES]
+        for kind in ("useless", "wrong"):
+            plans += [Plan(checkpoint, shape, 0.6, kind) for shape in ("advantage", "doubt")]
+        whole, critic = measure(pool, Plan(checkpoint, "alike", 1.0), unpruned, settings)
+        measurements = [whole, critic]
+        with progress(len(plans), "plan", f"pruning at {checkpoint}") as bar:
+            for plan in plans:
+                measurements += measure(pool, plan, pruning, settings)
+                bar.update()
+        for measured in measurements:
+            row = {"form": measured.form.name, **measured.plan._asdict()}
+            rows.append(row | with_intervals(measured, whole))
+    return rows
+
+
+def best_rows(rows, groups):
+    """For each form its row with the least mean squared error at a step of so many groups."""
+    best = {}
+    for row in rows:
+        if row["scores"] == "STOP":
+            known = best.get(row["form"])
+            if known is None or row[f"mse_{groups}"].mean < known[f"mse_{groups}"].mean:
+                best[row["form"]] = row
+    return list(best.values())
+
+
+def with_perfect_scores(right, prefix_share):
+    """The least variance x tokens of the reweighted forms, relative to no pruning, where scores are
+    perfect (0 or 1), `right` is the share of right paths, and a prefix takes this share of a path's
+    tokens. |g|^2 is neglected, and gradients are as large of right paths as of wrong ones."""
+    of_right = right * (1 - right) ** 2
+    of_wrong = (1 - right) * right ** 2
+    least = 1.0
+    for keep_right in np.linspace(0.01, 1, 100):
+        keep_wrong = np.linspace(0.01, 1, 100)
+        variance = (of_right / keep_right + of_wrong / keep_wrong) / (of_right + of_wrong)
+        kept = right * keep_right + (1 - right) * keep_wrong
+        tokens = prefix_share + (1 - prefix_share) * kept
+        least = min(least, float((variance * tokens).min()))
+    return least

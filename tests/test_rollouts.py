@@ -1,0 +1,270 @@
+"""studies/rollouts.py: what the estimates are on average, by enumeration of every outcome."""
+import itertools
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, close, random_model, random_prompt
+
+sys.path.insert(0, str(ROOT / "studies"))
+import rollouts
+from rollouts import Draw, Weights
+from sample import Path
+
+EXACT = 1e-9
+REWARDS = (1.0, 0.0, 0.0, 1.0)
+SCORES = {
+    "good": (0.9, 0.2, 0.1, 0.7),
+    "useless": (0.4, 0.4, 0.4, 0.4),
+    "wrong": (0.1, 0.9, 0.8, 0.2)}
+WEIGHTED = (rollouts.reweighted, rollouts.reweighted_with_scores)
+UNWEIGHTED = (rollouts.kept_only, rollouts.pruned_as_zero)
+
+
+def numbers(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def own_chances(scores):
+    """pi of each path from its own score."""
+    return (1.3 * scores ** 2).clamp(0.15, 1.0)
+
+
+def chances_of_all(scores):
+    """pi of each path from all scores of the group."""
+    return (2 * scores / scores.sum()).clamp(0.1, 0.9)
+
+
+def patterns(chances):
+    """Every keep/prune pattern of a group, with its probability: (kept (N,), probability)."""
+    for pattern in itertools.product((0.0, 1.0), repeat=len(chances)):
+        kept = numbers(pattern)
+        yield kept, (kept * chances + (1 - kept) * (1 - chances)).prod()
+
+
+def mean_over_coins(form, rewards, scores, chances):
+    """The Weights that a form gives on average over all patterns; pruned paths' rewards are nan."""
+    prefix = torch.zeros_like(rewards)
+    rest = torch.zeros_like(rewards)
+    for kept, probability in patterns(chances):
+        known = torch.where(kept > 0, rewards, torch.nan)
+        weights = form(Draw(known, scores, chances, kept))
+        prefix += probability * weights.prefix
+        rest += probability * weights.rest
+    return Weights(prefix, rest)
+
+
+def leave_one_out(rewards):
+    """(r_i - mean of the others' rewards) / N, by a loop."""
+    found = []
+    for i in range(len(rewards)):
+        others = [r for j, r in enumerate(rewards.tolist()) if j != i]
+        found.append((rewards[i].item() - sum(others) / len(others)) / len(rewards))
+    return numbers(found)
+
+
+# ------------------------------------------------------------------- one group, all 16 patterns
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize("choose", [own_chances, chances_of_all])
+@pytest.mark.parametrize("form", WEIGHTED)
+def test_reweighted_forms_are_the_whole_group_on_average(form, choose, scores):
+    """Whatever the scores, and also where a path's chance depends on the others' scores."""
+    scores = numbers(scores)
+    found = mean_over_coins(form, numbers(REWARDS), scores, choose(scores))
+    expected = leave_one_out(numbers(REWARDS))
+    close(found.prefix, expected, EXACT)
+    close(found.rest, expected, EXACT)
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize("form", UNWEIGHTED)
+def test_the_others_are_not(form, scores):
+    scores = numbers(scores)
+    found = mean_over_coins(form, numbers(REWARDS), scores, own_chances(scores))
+    assert (found.prefix - leave_one_out(numbers(REWARDS))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_the_critic_is_on_average_what_it_is_without_pruning(scores):
+    """On prefixes the whole group's weights, on the rest r - s."""
+    scores = numbers(scores)
+    rewards = numbers(REWARDS)
+    found = mean_over_coins(rollouts.scores_as_critic, rewards, scores, own_chances(scores))
+    close(found.prefix, leave_one_out(rewards), EXACT)
+    close(found.rest, (rewards - scores) / 4, EXACT)
+
+
+@pytest.mark.parametrize("form", [rollouts.whole_group, rollouts.kept_only,
+                                  rollouts.pruned_as_zero, *WEIGHTED])
+def test_without_pruning_all_are_the_leave_one_out_estimate(form):
+    ones = torch.ones(4, dtype=torch.float64)
+    weights = form(Draw(numbers(REWARDS), numbers(SCORES["good"]), ones, ones))
+    close(weights.prefix, leave_one_out(numbers(REWARDS)), EXACT)
+    close(weights.rest, leave_one_out(numbers(REWARDS)), EXACT)
+
+
+@pytest.mark.parametrize("form", rollouts.FORMS, ids=[form.name for form in rollouts.FORMS])
+def test_what_follows_a_pruned_prefix_has_no_weight(form):
+    if form.prunes:
+        kept = numbers((1.0, 0.0, 1.0, 0.0))
+        chances = own_chances(numbers(SCORES["good"]))
+        weights = form.weights(Draw(numbers(REWARDS), numbers(SCORES["good"]), chances, kept))
+        assert weights.rest[1] == 0 and weights.rest[3] == 0
+
+
+def test_one_kept_path_alone_teaches_nothing():
+    kept = numbers((0.0, 1.0, 0.0, 0.0))
+    scores = numbers(SCORES["good"])
+    weights = rollouts.kept_only(Draw(numbers(REWARDS), scores, own_chances(scores), kept))
+    assert not weights.prefix.any()
+
+
+# ------------------------------------------- a whole policy: every group of paths, every pattern
+
+
+class TinyPolicy:
+    """Two prefixes, each with two ends: four paths. Logits are the weights, 6 in all."""
+
+    def __init__(self):
+        self.weights = numbers((0.3, -0.2, 0.5, -0.4, -0.6, 0.1)).requires_grad_()
+        self.rewards = numbers((1.0, 0.0, 0.0, 1.0))  # of path 2 * prefix + end
+
+    def logs(self):
+        """log p (2,) of the prefixes, and (2, 2) of the ends given the prefix."""
+        first = self.weights[:2].log_softmax(0)
+        then = self.weights[2:].view(2, 2).log_softmax(1)
+        return first, then
+
+    def gradients(self):
+        """grad log p of the four prefixes and of the four ends: (4, 6) each; chances (4,)."""
+        prefix = []
+        rest = []
+        chances = []
+        for path in range(4):
+            first, then = self.logs()
+            of_prefix = first[path // 2]
+            of_end = then[path // 2, path % 2]
+            chances.append((of_prefix + of_end).exp().item())
+            prefix.append(torch.autograd.grad(of_prefix, self.weights)[0])
+            rest.append(torch.autograd.grad(of_end, self.weights)[0])
+        return torch.stack(prefix), torch.stack(rest), numbers(chances)
+
+    def true_gradient(self, worth=None):
+        """The gradient of the expected reward, or of the expected `worth` (4,) of a path."""
+        first, then = self.logs()
+        chances = (first[:, None] + then).exp().flatten()
+        expected = (chances * (self.rewards if worth is None else worth)).sum()
+        return torch.autograd.grad(expected, self.weights)[0]
+
+
+def expected_gradient(policy, form, of_prefixes, choose, N=3):
+    """The expectation of a form's estimate over all groups of N paths and all patterns.
+    of_prefixes: the scores of the two prefixes."""
+    prefix, rest, chances = policy.gradients()
+    total = torch.zeros(6, dtype=torch.float64)
+    for group in itertools.product(range(4), repeat=N):
+        group = list(group)
+        scores = of_prefixes[[path // 2 for path in group]]
+        weights = mean_over_coins(form, policy.rewards[group], scores, choose(scores))
+        estimate = weights.prefix @ prefix[group] + weights.rest @ rest[group]
+        total += chances[group].prod() * estimate
+    return total
+
+
+PREFIX_SCORES = {"good": (0.7, 0.45), "useless": (0.5, 0.5), "wrong": (0.05, 0.95)}
+
+
+@pytest.mark.parametrize("scores", PREFIX_SCORES.values(), ids=PREFIX_SCORES)
+@pytest.mark.parametrize("choose", [own_chances, chances_of_all])
+@pytest.mark.parametrize("form", [*WEIGHTED, rollouts.scores_as_critic])
+def test_weighted_forms_are_the_policy_gradient(form, choose, scores):
+    policy = TinyPolicy()
+    found = expected_gradient(policy, form, numbers(scores), choose)
+    close(found, policy.true_gradient(), EXACT)
+
+
+@pytest.mark.parametrize("scores", PREFIX_SCORES.values(), ids=PREFIX_SCORES)
+@pytest.mark.parametrize("form", UNWEIGHTED)
+def test_unweighted_forms_are_not_the_policy_gradient(form, scores):
+    policy = TinyPolicy()
+    found = expected_gradient(policy, form, numbers(scores), own_chances)
+    assert (found - policy.true_gradient()).norm() > 0.05 * policy.true_gradient().norm()
+
+
+@pytest.mark.parametrize("scores", PREFIX_SCORES.values(), ids=PREFIX_SCORES)
+def test_counting_pruned_paths_as_0_is_the_gradient_of_being_kept_and_right(scores):
+    policy = TinyPolicy()
+    scores = numbers(scores)
+    found = expected_gradient(policy, rollouts.pruned_as_zero, scores, own_chances)
+    worth = own_chances(scores).repeat_interleave(2) * policy.rewards
+    close(found, policy.true_gradient(worth), EXACT)
+
+
+def test_the_best_k_cannot_be_mended_by_weights():
+    """A path that is never kept is missing from every weighted sum: here, that of prefix 1."""
+    policy = TinyPolicy()
+
+    def best(scores):
+        """Chance 1 for the better prefix, next to none for the other, whose weight stays 1."""
+        return torch.where(scores > 0.5, 1.0, 1e-12)
+
+    def never(draw):
+        kept = torch.where(draw.chances == 1.0, draw.kept, 0.0)
+        return rollouts.reweighted(draw._replace(kept=kept))
+
+    found = expected_gradient(policy, never, numbers((0.7, 0.3)), best)
+    assert (found - policy.true_gradient()).norm() > 0.1 * policy.true_gradient().norm()
+
+
+# --------------------------------------------------------------------------- chances to be kept
+
+
+@pytest.mark.parametrize("shape", rollouts.SHAPES.values(), ids=rollouts.SHAPES)
+def test_chances_have_the_share_for_their_mean(shape):
+    scores = torch.rand(40, generator=torch.Generator().manual_seed(1))
+    chances = rollouts.keep_chances(shape, scores, 0.4, 0.1)
+    assert abs(chances.mean().item() - 0.4) < 1e-4
+    assert chances.min() >= 0.1 - 1e-6 and chances.max() <= 1
+
+
+def test_perfect_scores_gain_nothing_where_half_of_the_paths_are_right():
+    """Both outcomes then surprise alike: every path has the same weight in the variance."""
+    assert rollouts.with_perfect_scores(0.5, 0.0) == pytest.approx(1.0)
+    assert rollouts.with_perfect_scores(0.2, 0.0) == pytest.approx(0.64, abs=0.01)
+    assert rollouts.with_perfect_scores(0.02, 0.0) < 0.15
+
+
+# -------------------------------------------------------------------------- gradients of a model
+
+
+def test_log_chances_of_a_padded_batch_are_each_paths_own():
+    """Beside a pass of one path alone, and a softmax by hand."""
+    model = random_model("qwen2")
+    paths = [Path(random_prompt(5), 0, random_prompt(9)), Path(random_prompt(3), 1, random_prompt(4))]
+    logp, number = rollouts.log_chances(model, paths, 0.7)
+    for row, path in enumerate(paths):
+        ids = path.prompt_ids + path.ids
+        logits = model.logits(model(torch.tensor([ids])))[0] / 0.7
+        for place, token in enumerate(path.ids):
+            position = len(path.prompt_ids) + place - 1
+            expected = logits[position, token] - logits[position].logsumexp(0)
+            assert number[row, position] == place
+            assert logp[row, position].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert (number[row] >= 0).sum() == len(path.ids)
+
+
+def test_a_sketch_keeps_inner_products_on_average():
+    """Over 30 draws of signs, the folded gradient's square is the gradient's."""
+    model = random_model("qwen2").requires_grad_(True)
+    value = model(torch.tensor([random_prompt(6)])).sum()
+    weights = [weight for weight in model.model.parameters()]
+    parts = torch.autograd.grad(value, weights, retain_graph=True)
+    expected = sum(part.square().sum() for part in parts).item()
+    value = value + 0 * model.lm_head.weight.sum()  # so that every weight has a gradient
+    found = []
+    for seed in range(30):
+        folded = rollouts.Sketch(model, seed)(value, retain=True)
+        found.append(folded.square().sum().item())
+    assert sum(found) / 30 == pytest.approx(expected, rel=0.15)
