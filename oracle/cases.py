@@ -186,34 +186,39 @@ def distributions(generator):
     tied = np.round(torch.randn(40, generator=generator).numpy() * 2)
     near = [1.0, 1.01, 0.99, 1.005, 0.5, 1.012]
     almost_equal = [1.0, 1 + 2 ** -21, 1 + 2 ** -20, 0.9]
-    return [
-        distribution("everything", ["S1", "S3", "S4"], small, 0.6, 20, 0.95),
-        distribution("the paper's settings", ["S1", "S3", "S4"], large, 0.6, 40, 0.95),
-        distribution("temperature above one", ["S1"], small, 1.7, 12, 0.8),
-        distribution("temperature below one", ["S1"], small, 0.3, 30, 0.9),
-        distribution("all off", ["S3", "S4"], small, 1.0, 0, 1.0),
-        distribution("only temperature", ["S1"], large, 1.3, 0, 1.0),
-        distribution("only top-k", ["S3"], small, 1.0, 5, 1.0),
-        distribution("only top-p", ["S4"], small, 1.0, 0, 0.7),
-        distribution("a small p after top-k", ["S1", "S4"], large, 1.5, 50, 0.3),
-        distribution("top-k of one", ["S3"], small, 1.0, 1, 0.9),
-        distribution("top-k as large as the vocabulary", ["S3"], small, 0.9, 48, 1.0),
-        distribution("top-k beyond the vocabulary", ["S3"], small, 0.9, 100, 0.95),
-        distribution("a tie at top-k", ["S3"], [3, 1, 2, 1, 0, 1, -1, 3], 1.0, 4, 1.0),
-        distribution("many ties at top-k", ["S3"], tied, 0.7, 7, 1.0),
-        distribution("a tie at top-p", ["S4"], [4, 2, 2, 2, 0, 1, 0], 1.0, 0, 0.7),
-        distribution("many ties at top-p", ["S4"], tied, 1.0, 25, 0.6),
-        distribution("all equal", ["S3", "S4"], [1, 1, 1, 1, 1, 1], 0.8, 2, 0.5),
-        distribution("a mass of p just before the crossing", ["S4", "S5"],
-                     [0.0, -0.6931472, -0.6931472], 1.0, 0, 0.5),
-        distribution("a mass of p at the crossing, in float64", ["S4", "S5"],
-                     [0.0, -0.6933140754699707, -0.6933140754699707], 1.0, 0, 0.5000417237274095),
-        distribution("p of very little", ["S4"], small, 1.0, 0, 1e-9),
-        distribution("greedy", ["S2"], small, 0.0, 40, 0.95),
-        distribution("greedy with equals", ["S2"], [1, 5, 2, 5, 5, 0], 0.0, 0, 1.0),
-        distribution("a temperature close to zero", ["S1", "S2"], near, 0.01, 0, 1.0),
-        distribution("a temperature closer to zero", ["S1", "S2"], near, 0.001, 4, 0.99),
-        distribution("a temperature of almost zero", ["S1", "S2"], almost_equal, 1e-6, 0, 1.0)]
+    problems = []
+
+    def ask(*problem):
+        problems.append(distribution(*problem))
+
+    ask("everything", ["S1", "S3", "S4"], small, 0.6, 20, 0.95)
+    ask("the paper's settings", ["S1", "S3", "S4"], large, 0.6, 40, 0.95)
+    ask("temperature above one", ["S1"], small, 1.7, 12, 0.8)
+    ask("temperature below one", ["S1"], small, 0.3, 30, 0.9)
+    ask("all off", ["S3", "S4"], small, 1.0, 0, 1.0)
+    ask("only temperature", ["S1"], large, 1.3, 0, 1.0)
+    ask("only top-k", ["S3"], small, 1.0, 5, 1.0)
+    ask("only top-p", ["S4"], small, 1.0, 0, 0.7)
+    ask("a small p after top-k", ["S1", "S4"], large, 1.5, 50, 0.3)
+    ask("top-k of one", ["S3"], small, 1.0, 1, 0.9)
+    ask("top-k as large as the vocabulary", ["S3"], small, 0.9, 48, 1.0)
+    ask("top-k beyond the vocabulary", ["S3"], small, 0.9, 100, 0.95)
+    ask("a tie at top-k", ["S3"], [3, 1, 2, 1, 0, 1, -1, 3], 1.0, 4, 1.0)
+    ask("many ties at top-k", ["S3"], tied, 0.7, 7, 1.0)
+    ask("a tie at top-p", ["S4"], [4, 2, 2, 2, 0, 1, 0], 1.0, 0, 0.7)
+    ask("many ties at top-p", ["S4"], tied, 1.0, 25, 0.6)
+    ask("all equal", ["S3", "S4"], [1, 1, 1, 1, 1, 1], 0.8, 2, 0.5)
+    ask("a mass of p just before the crossing", ["S4", "S5"],
+        [0.0, -0.6931472, -0.6931472], 1.0, 0, 0.5)
+    ask("a mass of p at the crossing, in float64", ["S4", "S5"],
+        [0.0, -0.6933140754699707, -0.6933140754699707], 1.0, 0, 0.5000417237274095)
+    ask("p of very little", ["S4"], small, 1.0, 0, 1e-9)
+    ask("greedy", ["S2"], small, 0.0, 40, 0.95)
+    ask("greedy with equals", ["S2"], [1, 5, 2, 5, 5, 0], 0.0, 0, 1.0)
+    ask("a temperature close to zero", ["S1", "S2"], near, 0.01, 0, 1.0)
+    ask("a temperature closer to zero", ["S1", "S2"], near, 0.001, 4, 0.99)
+    ask("a temperature of almost zero", ["S1", "S2"], almost_equal, 1e-6, 0, 1.0)
+    return problems
 
 
 def draw_problem(name, clauses, probabilities, numbers):
@@ -242,16 +247,21 @@ def draws(generator):
     exact = [0.25, 0.0, 0.25, 0.5]
     short = [0.5, 0.25, 0.125, 0.0]
     step = 2.0 ** -53
-    return [
-        draw_problem("a number on a cumulative sum", ["S6"], exact, [0.0, 0.25, 0.5, 0.75]),
-        draw_problem("a number beside a cumulative sum", ["S6"], exact,
-                     [0.25 - step / 2, 0.25 + step, 0.5 - step, 0.5 + step, 1 - step]),
-        draw_problem("a sum below one", ["S6"], short, [0.0, 0.6, 0.9, 0.999, 1 - step]),
-        draw_problem("a first token of no probability", ["S6"], [0, 0.5, 0.5], [0.0, 0.49, 0.5]),
-        draw_problem("between two sums in float64", ["S5", "S6"], many, between_sums(many, 12)),
-        draw_problem("skewed, between two sums", ["S5", "S6"], skewed, between_sums(skewed, 12)),
-        draw_problem("tokens by id, not by size", ["S6"], [0.1, 0.2, 0.4, 0.3],
-                     [0.05, 0.15, 0.35, 0.65, 0.75, 0.95])]
+    problems = []
+
+    def ask(*problem):
+        problems.append(draw_problem(*problem))
+
+    ask("a number on a cumulative sum", ["S6"], exact, [0.0, 0.25, 0.5, 0.75])
+    ask("a number beside a cumulative sum", ["S6"], exact,
+        [0.25 - step / 2, 0.25 + step, 0.5 - step, 0.5 + step, 1 - step])
+    ask("a sum below one", ["S6"], short, [0.0, 0.6, 0.9, 0.999, 1 - step])
+    ask("a first token of no probability", ["S6"], [0, 0.5, 0.5], [0.0, 0.49, 0.5])
+    ask("between two sums in float64", ["S5", "S6"], many, between_sums(many, 12))
+    ask("skewed, between two sums", ["S5", "S6"], skewed, between_sums(skewed, 12))
+    ask("tokens by id, not by size", ["S6"], [0.1, 0.2, 0.4, 0.3],
+        [0.05, 0.15, 0.35, 0.65, 0.75, 0.95])
+    return problems
 
 
 def key_problems(generator):
@@ -299,53 +309,49 @@ def sampler_inputs():
         "tokens": tokens}
 
 
-def rank_problem(clauses, scores, keep):
-    """Scores of which the best `keep` are asked for."""
-    return {
-        "clauses": list(clauses),
-        "scores": np.asarray(scores, dtype=np.float32),
-        "keep": keep}
-
-
-def vote_problem(answers, weights=None, clauses=("R8",)):
-    """Answers, and their weights (None: one vote each), whose winner is asked for."""
-    return {"clauses": list(clauses), "answers": answers, "weights": weights, "kind": "math"}
-
-
 def choices_inputs():
     """Scores to rank and answers to vote on."""
     close = [0.5, 0.5000001, 0.50000006, 0.4999999, 0.50001, 0.49999]
     digits = [0.123451, 0.123449, 0.123454, 0.12341, 0.12349]
-    ranks = [
-        rank_problem(["R4"], [0.1, 0.9, 0.5, 0.7], 2),
-        rank_problem(["R4"], [0.5, 0.5, 0.5, 0.5, 0.5], 2),
-        rank_problem(["R4"], [0.2, 0.7, 0.7, 0.9, 0.7, 0.1], 3),
-        rank_problem(["R4"], [1.0, 0.3, 1.0, 1.0, 0.0, 0.0], 2),
-        rank_problem(["R4"], [0.0, 0.0, 1e-30, 0.0], 2),
-        rank_problem(["R4"], close, 2),
-        rank_problem(["R4"], digits, 2),
-        rank_problem(["R4"], [0.1211, 0.1234, 0.1222], 1),
-        rank_problem(["R4"], [0.12312, 0.12319, 0.12337], 1),
-        rank_problem(["R4"], [0.123411, 0.123433, 0.123422], 1),
-        rank_problem(["R4"], [0.90021, 0.90017, 0.90026], 1),
-        rank_problem(["R4"], [0.9012, 0.9016, 0.9004], 1),
-        rank_problem(["R4"], [0.97, 0.99, 0.96, 0.98], 2),
-        rank_problem(["R4"], [0.01, 0.03, 0.02, 0.04], 1),
-        rank_problem(["R4"], [0.4, 0.6, 0.2], 3)]
-    votes = [
-        vote_problem(["7", "12", "12", "7", "12"]),
-        vote_problem(["5", "3", "3", "5"]),
-        vote_problem(["8", "2", "9"]),
-        vote_problem(["1/2", "3", "0.5", "3", "0.50"]),
-        vote_problem(["0.5", "4", "4", "1/2"]),
-        vote_problem([None, None, "6", None]),
-        vote_problem([None, None, None]),
-        vote_problem([]),
-        vote_problem(["007", "6", "6", "7", "7.0"]),
-        vote_problem(["1", "2", "2"], [0.9, 0.3, 0.3]),
-        vote_problem(["1", "2", "2"], [0.5, 0.25, 0.25]),
-        vote_problem(["3", None, "4", "4"], [0.3, 5.0, 0.1, 0.1]),
-        vote_problem(["1/4", "9", "0.25"], [0.25, 0.375, 0.25])]
+    ranks = []
+    votes = []
+
+    def ask_ranks(scores, keep):
+        scores = np.asarray(scores, dtype=np.float32)
+        ranks.append({"clauses": ["R4"], "scores": scores, "keep": keep})
+
+    def ask_votes(answers, weights=None):
+        votes.append({"clauses": ["R8"], "answers": answers, "weights": weights, "kind": "math"})
+
+    ask_ranks([0.1, 0.9, 0.5, 0.7], 2)
+    ask_ranks([0.5, 0.5, 0.5, 0.5, 0.5], 2)
+    ask_ranks([0.2, 0.7, 0.7, 0.9, 0.7, 0.1], 3)
+    ask_ranks([1.0, 0.3, 1.0, 1.0, 0.0, 0.0], 2)
+    ask_ranks([0.0, 0.0, 1e-30, 0.0], 2)
+    ask_ranks(close, 2)
+    ask_ranks(digits, 2)
+    ask_ranks([0.1211, 0.1234, 0.1222], 1)
+    ask_ranks([0.12312, 0.12319, 0.12337], 1)
+    ask_ranks([0.123411, 0.123433, 0.123422], 1)
+    ask_ranks([0.90021, 0.90017, 0.90026], 1)
+    ask_ranks([0.9012, 0.9016, 0.9004], 1)
+    ask_ranks([0.97, 0.99, 0.96, 0.98], 2)
+    ask_ranks([0.01, 0.03, 0.02, 0.04], 1)
+    ask_ranks([0.4, 0.6, 0.2], 3)
+
+    ask_votes(["7", "12", "12", "7", "12"])
+    ask_votes(["5", "3", "3", "5"])
+    ask_votes(["8", "2", "9"])
+    ask_votes(["1/2", "3", "0.5", "3", "0.50"])
+    ask_votes(["0.5", "4", "4", "1/2"])
+    ask_votes([None, None, "6", None])
+    ask_votes([None, None, None])
+    ask_votes([])
+    ask_votes(["007", "6", "6", "7", "7.0"])
+    ask_votes(["1", "2", "2"], [0.9, 0.3, 0.3])
+    ask_votes(["1", "2", "2"], [0.5, 0.25, 0.25])
+    ask_votes(["3", None, "4", "4"], [0.3, 5.0, 0.1, 0.1])
+    ask_votes(["1/4", "9", "0.25"], [0.25, 0.375, 0.25])
     return {"ranks": ranks, "votes": votes}
 
 

@@ -105,16 +105,13 @@ def read_mistakes():
 def find_causes(compared):
     """The first failing row of each chain of computation and, where it is known, its cause.
 
-    A run is not explained where a level that it is built on fails already."""
-    failing = False
+    A run is not explained where something that it is built on fails already."""
+    built_on = LEVELS["decoder"] + LEVELS["score"] + LEVELS["sampler"] + CHAINS["ranks"]
     causes = []
-    for chain in CHAINS:
-        if chain == "run" and failing:
-            continue
-        if not any_failure(compared, CHAINS[chain]):
-            continue
-        failing = True
-        causes.append(name_cause(read_mistakes(), chain, compared))
+    for chain, rows in CHAINS.items():
+        explained = chain != "run" or not any_failure(compared, built_on)
+        if explained and any_failure(compared, rows):
+            causes.append(name_cause(read_mistakes(), chain, compared))
     return causes
 
 

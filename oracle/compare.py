@@ -398,8 +398,9 @@ def decide(chosen, narrower):
 def name_cause(mistakes, chain, cases):
     """What went wrong in a chain: {"first": case and row, "cause": a title or None, "candidates"}.
 
-    cases: {case: {"expected", "found", "rows"}}. Several mistakes that explain the first failing
-    row are told apart by the other cases and the later rows; if they cannot be, none is named."""
+    cases: {case: {"expected", "found", "rows"}}. A mistake that would give something else in
+    another case that fails is none. Several that explain the first failing row are told apart by
+    the cases that pass and by the later rows; if they cannot be, none is named."""
     failing = {}
     first = None
     for case, about in cases.items():
@@ -416,7 +417,8 @@ def name_cause(mistakes, chain, cases):
         return None
     chosen = failing[first["case"]]
     for case, others in failing.items():
-        chosen = decide(chosen, others)
+        chosen = [mistake for mistake in chosen
+                  if mistake in others or not touches_any(mistake, [case], cases, chain)]
     passing = [case for case in cases if case not in failing]
     chosen = decide(chosen, [mistake for mistake in chosen
                              if not touches_any(mistake, passing, cases, chain)])
@@ -435,12 +437,13 @@ def name_cause(mistakes, chain, cases):
         "keys": [mistake["key"] for mistake in chosen]}
 
 
-def touches_any(mistake, passing, cases, chain):
-    """Whether a mistake would have shown in a case that passes."""
-    for case in passing:
+def touches_any(mistake, names, cases, chain):
+    """Whether a mistake shows in what is handed in for some cases."""
+    for case in names:
         for row in CHAINS[chain]:
             results = cases[case]["rows"].get(row, {})
             entries = mistake["cases"].get(case, {}).get(row, {}).get("entries", {})
-            if any(label in entries and result.state == PASS for label, result in results.items()):
+            if any(label in entries and result.state != NOT_SHOWN
+                   for label, result in results.items()):
                 return True
     return False

@@ -22,7 +22,7 @@ DECODER = {
     "mxfp4-nibbles": "MXFP4: the high half of a byte is taken first",
     "mxfp4-scale": "MXFP4: scales of 2 ** (byte - 128), half of what they are",
     "embedding-scaled": "embeddings are multiplied by sqrt(hidden)",
-    "eps": "RMSNorm with an eps ten times too large or too small",
+    "eps": "RMSNorm with another eps",
     "norm-plus-one": "RMSNorm multiplies by 1 + weight",
     "layer-norm": "the mean is subtracted before normalising",
     "post-norm-missing": "the norm before the feed-forward is missing",
