@@ -27,8 +27,9 @@ class KVCache:
     a pass is without asking the device. Dead slots hold finite numbers that no pass reads.
     """
 
-    def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu", dtype=torch.float32):
-        # Zeros, not empty: a dead slot is multiplied by an attention weight of 0, and 0 * nan is nan.
+    def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu",
+                 dtype=torch.float32):
+        # Zeros, not empty: a dead slot is multiplied by an attention weight of 0; 0 * nan is nan.
         shape = (rows, kv_heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -64,7 +65,8 @@ class KVCache:
                 f"{self.capacity}")
         kv_heads = self.keys[0].shape[1]
         device = self.lengths.device
-        first = torch.arange(self.rows * kv_heads, device=device) * self.capacity  # of each (row, head)
+        heads = torch.arange(self.rows * kv_heads, device=device)
+        first = heads * self.capacity  # slot of each (row, head)
         next_slot = first.view(self.rows, kv_heads) + self.lengths[:, None]
         return next_slot[..., None] + torch.arange(count, device=device)
 
@@ -84,7 +86,8 @@ class KVCache:
         fits = all(0 <= length <= count for length, count in zip(lengths, self.counts))
         if len(lengths) != self.rows or not fits:
             raise ValueError(
-                f"KV cache: cannot cut {self.rows} rows of {self.counts.tolist()} positions to {lengths}")
+                f"KV cache: cannot cut {self.rows} rows of {self.counts.tolist()} positions to "
+                f"{lengths}")
         self.counts = np.array(lengths, dtype=np.int64)
         self.lengths.copy_(torch.from_numpy(self.counts))
 
@@ -112,8 +115,8 @@ class KVCache:
 
     def rebuild(self, rows, capacity):
         """Row j becomes a copy of the old row rows[j] (one may be copied several times), in new
-        buffers of `capacity` positions; the old ones are freed. It goes buffer by buffer, so that old
-        and new are never held together in full."""
+        buffers of `capacity` positions; the old ones are freed. It goes buffer by buffer, so that
+        old and new are never held together in full."""
         longest = self.longest
         if capacity < longest:
             raise ValueError(
@@ -129,10 +132,10 @@ class KVCache:
 
 
 def _put(buffer, index, new):
-    """Write positions `new` (B, K, T, D) at `index` of a buffer; returns the buffer that holds them."""
+    """Write positions `new` (B, K, T, D) at `index` of a buffer -> the buffer that holds them."""
     positions = buffer.view(-1, buffer.shape[-1])
     new = new.reshape(-1, buffer.shape[-1])
-    if new.requires_grad:  # training [STOP]: gradients flow through a copy, the cache stays as it is
+    if new.requires_grad:  # training [STOP]: gradients flow through a copy, the cache stays
         return positions.index_copy(0, index, new).view_as(buffer)
     positions.index_copy_(0, index, new)
     return buffer
