@@ -61,7 +61,7 @@ def test_weights_rows_and_work_fit_the_card(name, card, capacity):
         assert weights_of(name) + cache + work <= card * GB
         assert weights_of(name) + rows * row + work <= card * GB
     if rows < memory.MOST_ROWS:
-        assert (rows + 1) * row + work > 0.9 * free
+        assert (rows + 1) * row + work > memory.SHARE * free
 
 
 @pytest.mark.parametrize("name, card, fits", (
@@ -80,7 +80,7 @@ def test_which_models_run_at_the_papers_length(name, card, fits):
         memory.rows_that_fit(config, 16600, BFLOAT16, free)
     message = str(caught.value)
     row = memory.row_bytes(config, 16600, BFLOAT16)
-    needed = (memory.working_bytes(config, 16600, BFLOAT16) + row) / 0.9
+    needed = (memory.working_bytes(config, 16600, BFLOAT16) + row) / memory.SHARE
     assert f"one row of 16,600 positions needs {needed / GB:.1f} GB" in message
     assert f"{free / GB:.1f} GB are free" in message
     assert "\n" not in message
@@ -207,7 +207,7 @@ def model():
 def test_rows_are_as_many_as_fit_unless_they_are_given(model, monkeypatch):
     row = memory.row_bytes(model.config, 100, 4)
     work = memory.working_bytes(model.config, 100, 4)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: (work + 7.5 * row) / 0.9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (work + 7.5 * row) / memory.SHARE)
     assert memory.choose_rows(model, 100) == 7
     assert memory.choose_rows(model, 100, batch=3) == 3
     assert memory.choose_rows(model, 100, batch=99) == 99
@@ -226,7 +226,7 @@ def test_generate_takes_the_rows_that_fit_and_changes_no_token(model, monkeypatc
         return new_cache(rows, capacity)
 
     monkeypatch.setattr(model, "new_cache", noted)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: (work + 3.5 * row) / 0.9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (work + 3.5 * row) / memory.SHARE)
     found = generate(model, prompts, n=4, max_new_tokens=6)
     assert [path.ids for path in sum(found, [])] == [path.ids for path in sum(expected, [])]
     assert (3, 15) in sizes
