@@ -2,6 +2,7 @@
 
     python toy/make.py                      # everything in this folder, about 12 minutes on 2 cores
     python toy/make.py --out /tmp/toy --seed 1
+    python toy/make.py --more 1000 --out runs   # runs/more.jsonl: further held-out problems, no model
 
 The task: count one person's things through 7 or 8 sentences, three of which are traps that readers
 misread ("gives 3 to each of 2 friends": 3 or 6?). The author of the corpus misreads a trap about
@@ -53,6 +54,8 @@ class Settings:
     measure: int = option(
         100, "fresh problems for the closing measurement, 32 paths each; 0 skips it")
     threads: int = option(2, "CPU threads")
+    more: int = option(
+        0, "only write more.jsonl: so many problems that are in neither train.jsonl nor test.jsonl")
 
 
 CONTEXT = 512  # tokens: prompt and path together
@@ -63,7 +66,8 @@ def check(settings):
     require_positive(
         settings, "train", "test", "easy_tokens", "easy_lr", "real_tokens", "real_lr", "warmup",
         "clip", "threads")
-    for name, least in (("batch_tokens", CONTEXT), ("weight_decay", 0), ("measure", 0)):
+    for name, least in (("batch_tokens", CONTEXT), ("weight_decay", 0), ("measure", 0),
+                        ("more", 0)):
         found = getattr(settings, name)
         if found < least:
             raise ValueError(f"{name}: found {found}, expected at least {least}")
@@ -583,6 +587,13 @@ def draw_held(rng, count):
     return held
 
 
+def draw_more(rng, settings):
+    """The `more` Problems that come behind those of train.jsonl and test.jsonl."""
+    made = settings.train + settings.test
+    problems = draw_held(rng, made + settings.more)
+    return list(problems.values())[made:]
+
+
 def main(settings):
     """Problems, pre-training in two phases, files, measurement; the last line is JSON."""
     check(settings)
@@ -594,6 +605,12 @@ def main(settings):
 
     def random_of(name):
         return random.Random(f"{settings.seed} {name}")
+
+    if settings.more:
+        problems = draw_more(random_of("problems"), settings)
+        write_files(out, {"more.jsonl": problem_lines(problems, "more").encode()})
+        print(json.dumps({"out": str(out), "problems": len(problems)}))
+        return
 
     held = draw_held(random_of("problems"), settings.train + settings.test)
     problems = list(held.values())
