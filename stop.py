@@ -101,6 +101,8 @@ class Stop(torch.nn.Module):
         """Chances (N,) float32 that prefixes (prompt + prefix, lists of token ids, ragged) end
         right."""
         check_prompts(model, prefixes, self.m)
+        longest = max((len(prefix) for prefix in prefixes), default=0)
+        batch = min(batch, memory.choose_rows(model, longest + self.m))
         scores = torch.zeros(len(prefixes), device=self.head.weight.device)
         for numbers in like_lengths(prefixes, batch):
             cache, _ = prefill(model, [prefixes[i] for i in numbers], self.m)
@@ -118,11 +120,7 @@ class Stop(torch.nn.Module):
     def trained_limit(self):
         """The limit of a path, in new tokens, that it was trained with; None: what the context
         left."""
-        limit = self.trained.get("settings", {}).get("max_new_tokens")
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise ValueError(
-                f"stop.json: max_new_tokens: found {shown(limit)}, expected a positive integer")
-        return limit
+        return self.trained.get("settings", {}).get("max_new_tokens")
 
     def about(self):
         """What must agree between a saved STOP's two files, and with the model it is loaded for."""
@@ -383,8 +381,8 @@ def by_plan(settings, stop):
     for name in ("n", "keep", "retention", "prefix", "cascade", "branch"):
         found = getattr(settings, name)
         if found != getattr(Settings, name):
-            raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the plan "
-                             f"in {folder} has its own")
+            raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the "
+                             f"plan in {folder} has its own")
     plan = plan_for(plans, settings.budget, folder)
     print(f"plan for {plan.budget} tokens: {plan}; about {plan.expected['tokens']:.0f} tokens")
     cascade = ",".join(map(str, plan.stages))

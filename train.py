@@ -27,7 +27,7 @@ from eval import run as evaluate_run
 from eval import summary
 from plumbing import memory, processes
 from plumbing.answers import extract_answer, same_answer
-from plumbing.checkpoint import find_folder
+from plumbing.checkpoint import find_folder, is_there
 from plumbing.command_line import (
     Common, command_line, option, require_choice, require_positive, shown)
 from plumbing.labels import read_prefixes
@@ -93,7 +93,7 @@ def recipe(flags):
     """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, if it
     is there."""
     file = pathlib.Path(flags.get("model", Settings.model)) / "recipe.json"
-    content = read_json(file) if file.is_file() else {}
+    content = read_json(file) if is_there(file) else {}
     if "model" in content:
         raise ValueError(f"{file}: model: found this setting, expected it as a flag alone")
     if type(content.get("prefix")) is int:

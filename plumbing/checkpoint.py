@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -67,6 +68,7 @@ NEUTRAL = {"is_causal": True, "partial_rotary_factor": 1.0, "scale_attn_weights"
 
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 LARGEST = 2 ** 31  # of an integer in a config.json
+LARGEST_FLOAT = 2 ** 127  # of another number: what float32 holds
 
 
 @dataclasses.dataclass
@@ -194,7 +196,7 @@ class Keys:
 
     def number(self, key, default=None):
         value = self.read(key, (int, float), "a positive number", default)
-        self.require(key, 0 < value < math.inf, "a positive number")
+        self.require(key, 0 < value < LARGEST_FLOAT, "a positive number")
         return value
 
     def flag(self, key, default=None):
@@ -341,13 +343,19 @@ def find_folder(path):
     return Path(folder)
 
 
+def is_there(file):
+    """Whether an optional file is there; it may then be a folder or a dangling link, which its
+    reader refuses."""
+    return os.path.lexists(file)
+
+
 def read_config(folder, apply_attn_factor=False):
     """The Config of a checkpoint's folder, with eos_ids. Raises ValueError naming file and key."""
     file = folder / "config.json"
     raw = read_json(file)
     config = Config.from_dict(raw, file, apply_attn_factor)
     generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else {}
+    generation = read_json(generation_file) if is_there(generation_file) else {}
     if generation.get("eos_token_id") is not None:
         config.eos_ids = read_eos_ids(Keys(generation, generation_file), config.vocab_size)
     else:

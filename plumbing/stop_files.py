@@ -49,7 +49,7 @@ def read_stop(folder):
     settings = check_description(described, file)
     check_agreement(about, described, json_file)
     check_digest(about, tensors, json_file, file)
-    trained = Keys(about, json_file).mapping("trained")
+    trained = read_trained(Keys(about, json_file).mapping("trained"), json_file)
     check_numbers(tensors, dict.fromkeys(tensors, file))
     return SavedStop(
         settings=settings,
@@ -58,6 +58,18 @@ def read_stop(folder):
         base_fingerprint=described["base_fingerprint"],
         trained=trained,
         file=file)
+
+
+def read_trained(trained, json_file):
+    """What stop.json says of a STOP's training. Raises ValueError where a later run could not take
+    its checkpoint and its limit from there."""
+    keys = Keys(Keys(trained, json_file).mapping("settings"), json_file)
+    checkpoints = "a number of tokens, or several as in 1024,2048"
+    prefix = keys.read("prefix", (int, str), checkpoints, "2048")
+    are_numbers = re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", str(prefix), re.ASCII)
+    keys.require("prefix", are_numbers, checkpoints)
+    keys.integer("max_new_tokens", 1)  # absent: what the context leaves
+    return {key: value for key, value in trained.items() if value is not None}
 
 
 def read_metadata(file):

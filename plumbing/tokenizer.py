@@ -14,7 +14,7 @@ import re
 
 import tokenizers
 
-from plumbing.checkpoint import find_folder, shorten
+from plumbing.checkpoint import find_folder, is_there, shorten
 from plumbing.problems import instruction
 from plumbing.records import read_json
 
@@ -73,7 +73,7 @@ class Tokenizer:
         self.library = read_library(folder / "tokenizer.json")
         fits = [name for name in FORMATS if self.has_tokens(FORMATS[name].marks)]
         config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
+        config = read_json(config_file) if is_there(config_file) else {}
         template = read_template(folder, config)
         if chat_format is not None and chat_format not in fits:
             found = f"chat format: found {shorten(chat_format)}"
@@ -209,7 +209,7 @@ def read_template(folder, config):
     """The ChatTemplate of a folder, or None.
     As in transformers, a file of its own comes before tokenizer_config.json."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if is_there(file):
         try:
             return ChatTemplate(file.read_text(encoding="utf-8"), file)
         except (OSError, ValueError) as error:
