@@ -211,7 +211,8 @@ class Settings(Common):
         None, "reward model for type II (default: the model's judge/, if it has one)")
     judge_aggregate: str = option("last", "how rewards of steps become a score: last, min or mean")
     budget: int | None = option(
-        None, "tokens a problem: the plan for them in STOP's plan.json is run too, a row of its own")
+        None, "tokens a problem: the plan for them in STOP's plan.json is run too, a row of its "
+        "own")
     verify: bool = option(
         False, "launch each problem again, with STOP's check, and compare the kept paths")
 
@@ -278,8 +279,8 @@ def verify_kept(model, stop, records, kept, settings):
 
 
 def run_plan(model, tokenizer, stop, problems, records, plan, settings):
-    """The finished paths of a BudgetPlan, run on each problem, the best first: {number: list of Path}
-    of the problems that are this process's share; and the tokens that each took."""
+    """The finished paths of a BudgetPlan, run on each problem, the best first: {number: list of
+    Path} of the problems that are this process's share; and the tokens that each took."""
     sampling = dataclasses.asdict(sampling_of(settings))
     finished = {}
     tokens = {}
@@ -346,9 +347,46 @@ def replay(model, stop, record, plan):
     return {i: record["paths"][i] for i in alive}
 
 
+def verify_decided(model, tokenizer, stop, problems, records, plan, settings):
+    """Run a BudgetPlan to the end and until its votes are decided: both votes must be the same, and no
+    token more. ValueError where they are not; else prints what it saves."""
+    sampling = dataclasses.asdict(sampling_of(settings))
+    spent = []  # a problem: tokens to the end, and until decided
+    for problem, record in processes.mine(list(zip(problems, records))):
+
+        def answer_of(path):
+            return extract_answer(tokenizer.completion(path.ids), problem.kind)
+
+        tokens = []
+        votes = []
+        for asked in (None, answer_of):
+            paths = launch_check_resume(
+                model, stop, record["prompt_ids"], plan.n, cascade=list(plan.stages),
+                max_new_tokens=settings.max_new_tokens, answer_of=asked, kind=problem.kind,
+                **sampling)
+            finished = [path for path in paths if path.status in ("eos", "length")]
+            answers = [answer_of(path) for path in finished]
+            scores = [path.score for path in finished]
+            votes.append(
+                [vote(answers, kind=problem.kind), vote(answers, scores, problem.kind)])
+            tokens.append(sum(len(path.ids) - path.inherited for path in paths))
+        for whole, early in zip(*votes):
+            if whole != early and not same_answer(early, whole, problem.kind):
+                raise ValueError(f"decided votes: found {early!r:.60} for problem {record['id']}, "
+                                 f"expected {whole!r:.60}")
+        if tokens[1] > tokens[0]:
+            raise ValueError(f"decided votes: found {tokens[1]} tokens for problem {record['id']}, "
+                             f"expected at most {tokens[0]}")
+        spent.append(tokens)
+    whole, early = np.sum(processes.gather(spent), axis=0).tolist()
+    if processes.is_first():
+        print(f"decided votes: the same answers on all {len(problems)} problems, "
+              f"{1 - early / whole:.2%} fewer tokens")
+
+
 def report_same(same, dtype):
-    """Say on how many problems a second run kept the same paths and tokens; in float32 a problem that
-    differs is a ValueError."""
+    """Say on how many problems a second run kept the same paths and tokens; in float32 a problem
+    that differs is a ValueError."""
     agree = int(sum(same))
     if processes.is_first():
         print(f"verify: {agree} of {len(same)} problems keep the same paths and tokens "
@@ -416,6 +454,8 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
         verify_kept(model, stop, records, report["rows"][STOP]["kept"], settings)
         if same is not None:
             report_same(same, settings.dtype)
+        if plan is not None:
+            verify_decided(model, tokenizer, stop, problems, records, plan, settings)
     return report
 
 

@@ -1,11 +1,12 @@
 """Plans: how many paths to launch, where to check them and how many go on, for a number of tokens.
 
-A plan's checks are written as in 24:6x4,80:2x4: at 24 new tokens the best 6 paths stay and go on as 4
-paths each; of these 24 the best 2 stay at 80 tokens, and again become 4 each. `studies/budget.py` chooses
-plans by measurement, and writes them to plan.json in a STOP's folder:
+A plan's checks are written as in 24:6x4,80:2x4: at 24 new tokens the best 6 paths stay and go on as
+4 paths each; of these 24 the best 2 stay at 80 tokens, and again become 4 each. `studies/budget.py`
+chooses plans by measurement, and writes them to plan.json in a STOP's folder:
 
     {"stop": digits that stand for the STOP, "chosen": how,
-     "plans": [{"budget": 2100, "n": 20, "stages": "80:2x4", "tokens": 2053.1, "avg": 0.68, ...}, ...]}
+     "plans": [{"budget": 2100, "n": 20, "stages": "80:2x4", "tokens": 2053.1, "avg": 0.68, ...},
+     ...]}
 """
 import dataclasses
 import json
@@ -41,7 +42,8 @@ def parse_cascade(text):
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})(?:x(\d{1,9}))?", part, re.ASCII)
         if match is None:
             raise ValueError(
-                f"cascade: found {shown(text)}, expected checkpoint:keep pairs as in 2048:32,4096:16")
+                f"cascade: found {shown(text)}, expected checkpoint:keep pairs as in "
+                "2048:32,4096:16")
         stages.append(Stage(*(int(number) for number in match.groups("1"))))
     return stages
 
@@ -64,8 +66,8 @@ def check_stages(stages, n, max_new_tokens=math.inf):
 
 @dataclasses.dataclass(frozen=True)
 class BudgetPlan:
-    """What to do with `budget` tokens a question, and what it gave on problems that were not used to
-    choose it: `expected` has the METRICS."""
+    """What to do with `budget` tokens a question, and what it gave on problems that were not used
+    to choose it: `expected` has the METRICS."""
     budget: int
     n: int
     stages: tuple  # of Stage
@@ -76,18 +78,20 @@ class BudgetPlan:
 
 
 def read_plans(folder, stop):
-    """The BudgetPlans in a STOP's folder, the smallest first; None where it has no plan.json.
-    stop: digits that stand for that STOP. ValueError on a plan.json that is broken or another STOP's."""
+    """The BudgetPlans in a STOP's folder, the smallest first; None where it has no plan.json. stop:
+    digits that stand for that STOP. ValueError on a plan.json that is broken or another STOP's."""
     file = Path(folder) / NAME
     if not file.is_file():
         return None
     content = read_json(file)
     if content.get("stop") != stop:
-        raise ValueError(f"{file}: stop: found {shown(content.get('stop'))}, expected {stop!r}: it was "
-                         "chosen for another STOP; run studies/budget.py --write again")
+        found = shown(content.get("stop"))
+        raise ValueError(f"{file}: stop: found {found}, expected {stop!r}: it was chosen for another "
+                         "STOP; run studies/budget.py --write again")
     records = content.get("plans")
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{file}: plans: found {shown(records)}, expected a list of at least 1 plan")
+        raise ValueError(
+            f"{file}: plans: found {shown(records)}, expected a list of at least 1 plan")
     plans = []
     for number, record in enumerate(records):
         plans.append(_read_plan(f"{file}: plans[{number}]", record))
@@ -124,8 +128,8 @@ def _read_plan(place, record):
 
 
 def write_plans(folder, stop, chosen, plans):
-    """Write plan.json into a STOP's folder. stop: digits that stand for it; chosen: a dict that says how
-    the BudgetPlans were chosen."""
+    """Write plan.json into a STOP's folder. stop: digits that stand for it; chosen: a dict that
+    says how the BudgetPlans were chosen."""
     records = []
     for plan in plans:
         stages = ",".join(map(str, plan.stages))
@@ -138,6 +142,6 @@ def plan_for(plans, budget, folder):
     """The plan of the largest budget that is at most `budget`. ValueError if all need more."""
     fitting = [plan for plan in plans if plan.budget <= budget]
     if not fitting:
-        raise ValueError(f"budget: found {budget}, expected at least {plans[0].budget}, the smallest "
-                         f"in {Path(folder) / NAME}")
+        raise ValueError(f"budget: found {budget}, expected at least {plans[0].budget}, the "
+                         f"smallest in {Path(folder) / NAME}")
     return fitting[-1]

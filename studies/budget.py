@@ -1,14 +1,14 @@
 """The best answer for a given number of tokens: which plan to run for a budget (beyond the paper).
 
     python studies/budget.py --budgets 700,1000,1400,2100,3300 --write      # the embedded toy
-    torchrun --nproc-per-node 2 -- studies/budget.py --budgets ...          # two processes, the same
+    torchrun --nproc-per-node 2 -- studies/budget.py --budgets ...          # the same, faster
 
-The paper fixes the checkpoint and tunes the share of paths kept. Here (N, checkpoint, keep), cascades
-of checks and branching are chosen together. Every plan of a grid is run on the first half of the
-problems, with several seeds of paths; for each budget the plan with the best score-weighted vote is
-chosen among those whose tokens fit (the upper end of the mean's 95% interval), ties going to avg, and
-reported on the other half, which took no part in the choice. Intervals: 95%, by bootstrap over
-problems of the mean over seeds.
+The paper fixes the checkpoint and tunes the share of paths kept. Here (N, checkpoint, keep),
+cascades of checks and branching are chosen together. Every plan of a grid is run on the first half
+of the problems, with several seeds of paths; for each budget the plan with the best score-weighted
+vote is chosen among those whose tokens fit (the upper end of the mean's 95% interval), ties going
+to avg, and reported on the other half, which took no part in the choice. Intervals: 95%, by
+bootstrap over problems of the mean over seeds.
 
 All plans are run for real, branches with noise of their own included; stretches that plans have in
 common are decoded once (forest.py). Tokens as the paper counts them: every decoded token, a shared
@@ -16,10 +16,10 @@ prefix once. With --cost seconds a measured cost model takes their place:
 
     seconds = prompt + a * steps + b * tokens + c * checks + d * rows checked
 
-Beside the planner's choice: no pruning; the paper's default, 64 launched at STOP's usual checkpoint,
-8 kept; the paper's guideline for the budget; minus entropy under the same planner; the ceiling
-(studies/ceiling.py) of plans of one check. Then, for two plans, how much hangs on the score.
-"""
+Beside the planner's choice: no pruning; the paper's default, 64 launched at STOP's usual
+checkpoint, 8 kept; the paper's guideline for the budget; minus entropy under the same planner; the
+ceiling (studies/ceiling.py) of plans of one check. Then, for two plans, how much hangs on the
+score. """
 import contextlib
 import dataclasses
 import io
@@ -66,14 +66,17 @@ class Settings(StopSettings):
     out: str = option("runs/budget", "folder for table, figure, and the measured plans")
     problems: int | None = option(None, "only the first so many problems")
     budgets: str | None = option(
-        None, "tokens a problem, as in 700,1400 (default: those of 6, 8, 12, 17 and 28 usual paths)")
+        None, "tokens a problem, as in 700,1400 (default: those of 6, 8, 12, 17 and 28 usual "
+        "paths)")
     seeds: str = option("0,1,2", "seeds of paths, added to --seed, as in 0,1,2")
     checkpoints: str | None = option(None, "as in 24,40 (default: all that STOP was trained for)")
     n: int = option(64, "most paths launched, and those of the paper's default")
     keep: int = option(8, "paths kept by the paper's default")
-    cost: str = option("tokens", "tokens, or seconds of a measured cost model (budgets are then in seconds)")
+    cost: str = option(
+        "tokens", "tokens; or seconds, of a measured cost model: budgets are in seconds then")
     compare: bool = option(True, "other signals too: minus entropy, and scores made worse")
-    ceiling: str | None = option(None, "ceiling.json of studies/ceiling.py, for the column of ceilings")
+    ceiling: str | None = option(
+        None, "ceiling.json of studies/ceiling.py, for the column of ceilings")
     write: bool = option(False, "write plan.json into the STOP's folder")
 
 
@@ -173,7 +176,8 @@ def without_pruning(budget, usual, n):
 
 
 class CostModel(NamedTuple):
-    """Seconds of a question: of its prompt, of a decoding step, a token, a check and a checked row."""
+    """Seconds of a question: of its prompt, of a decoding step, a token, a check and a checked
+    row."""
     prompt: float
     step: float
     token: float
@@ -191,7 +195,8 @@ class CostModel(NamedTuple):
 
 @torch.inference_mode()
 def measure_costs(model, stop, prompts, n, limit, sampling):
-    """The CostModel of this machine: straight lines through the times of n rows and of an eighth."""
+    """The CostModel of this machine: straight lines through the times of n rows and of an
+    eighth."""
     prompt = max(prompts, key=len)
     rows = [max(1, n // 8), n]
     step_seconds = []
@@ -221,8 +226,8 @@ def time_of(work, times=5):
 
 
 class Measured:
-    """What plans are worth on some problems, all seeds together: values (problems, seeds, P, VALUES)
-    and their costs (problems, seeds, P), in tokens or seconds."""
+    """What plans are worth on some problems, all seeds together: values (problems, seeds, P,
+    VALUES) and their costs (problems, seeds, P), in tokens or seconds."""
 
     def __init__(self, plans, values, costs):
         self.plans = plans
@@ -245,8 +250,8 @@ class Measured:
         return np.flatnonzero(means.mean(0) + 1.96 * error <= budget)
 
     def best(self, budget, family, criterion):
-        """The plan of the best mean criterion (one of VALUES) among those of a family that keep to a
-        budget; ties go to avg, then to the lower cost. None if none does."""
+        """The plan of the best mean criterion (one of VALUES) among those of a family that keep to
+        a budget; ties go to avg, then to the lower cost. None if none does."""
         goal = self.column(criterion).mean((0, 1))
         avg = self.column("avg").mean((0, 1))
         cost = self.costs.mean((0, 1))
@@ -327,8 +332,8 @@ COLUMNS = ("avg", "cons", "weighted", "pass")
 
 
 def ceilings(file):
-    """{(checkpoint, N, keep): the avg that any score could reach} of studies/ceiling.py; empty without
-    a file."""
+    """{(checkpoint, N, keep): the avg that any score could reach} of studies/ceiling.py; empty
+    without a file."""
     if file is None:
         return {}
     known = {}
@@ -392,8 +397,8 @@ def draw_figure(file, report):
     """Accuracy against tokens, a panel for avg, cons, score-weighted cons and pass."""
     figure = matplotlib.figure.Figure((10, 7), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
-    curves = [("no pruning", "STOP"), ("paper's guideline", "STOP"), *[(name, "STOP") for name in FAMILIES],
-              ("all plans", "minus entropy")]
+    sources = ("no pruning", "paper's guideline", *FAMILIES)
+    curves = [(source, "STOP") for source in sources] + [("all plans", "minus entropy")]
     for axes, name in zip(panels, COLUMNS):
         for source, signal in curves:
             own = [line for line in report if line["source"] == source and line["signal"] == signal
@@ -478,7 +483,8 @@ class Budgets(NamedTuple):
 
 
 def read_budgets(settings, usual, costs):
-    """The Budgets of --budgets, or of some usual paths. costs: a CostModel if they are in seconds."""
+    """The Budgets of --budgets, or of some usual paths. costs: a CostModel if they are in
+    seconds."""
     per_token = 1.0
     if costs is not None:
         per_token = costs.token + costs.step / settings.n
@@ -563,8 +569,8 @@ def run(settings, field, checkpoints, samplings):
 def write_report(folder, report, scores, problems, samplings):
     """Print the tables and write budget.md, budget.csv, signals.csv and, with matplotlib,
     budget.svg."""
-    title = (f"{problems} problems that took no part in the choice, {len(samplings)} seeds of paths; "
-             "in brackets 95% intervals over problems")
+    title = (f"{problems} problems that took no part in the choice, {len(samplings)} seeds of "
+             "paths; in brackets 95% intervals over problems")
     text = table(report, title)
     write_table(folder / "budget.csv", report)
     if scores:

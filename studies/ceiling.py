@@ -3,20 +3,21 @@
     python studies/ceiling.py                                     # the embedded toy: its STOP
     python studies/ceiling.py --model M --stop S --data test.jsonl --prefixes 512,1024 --rollouts 32
 
-The best score of a prefix is its own chance q to end right. It is not known, but K fresh rollouts of the
-prefix tell of it: x of them end right. To keep the k prefixes of most x and to count their x as well
-flatters (the lucky ones are chosen); to choose by one half of the rollouts and count the other (`halves`)
-is honest but falls short, as half the rollouts choose worse than q. The ceiling takes the noise out:
+The best score of a prefix is its own chance q to end right. It is not known, but K fresh rollouts
+of the prefix tell of it: x of them end right. To keep the k prefixes of most x and to count their x
+as well flatters (the lucky ones are chosen); to choose by one half of the rollouts and count the
+other (`halves`) is honest but falls short, as half the rollouts choose worse than q. The ceiling
+takes the noise out:
 
     x | q ~ Binomial(K, q),   q ~ a histogram on a grid, one for each problem
     histogram_p ~ sum over its prefixes of P(q | x) + SHARED * histogram of all problems      (EM)
-    ceiling = mean over problems and draws of the mean of the k largest of q_1..q_N,  q_i ~ P(q | x_i)
+    ceiling = mean over problems and draws of the mean of the k largest of q_1 .. q_N,
+              q_i ~ P(q | x_i)
 
-Prefixes that are equal have one q; each of their paths counts. Equal prefixes are rolled out once: their
-number says how much there is to choose from. STOP's and random's values are means of x / K over what
-they keep, which no choice has touched. `share`: of the way from random to the ceiling, how much STOP
-goes. Intervals: 95%, by bootstrap over problems.
-"""
+Prefixes that are equal have one q; each of their paths counts. Equal prefixes are rolled out once:
+their number says how much there is to choose from. STOP's and random's values are means of x / K
+over what they keep, which no choice has touched. `share`: of the way from random to the ceiling,
+how much STOP goes. Intervals: 95%, by bootstrap over problems. """
 import contextlib
 import dataclasses
 import json
@@ -27,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from eval import Interval, cell, interval, select
+from eval import Interval, cell, interval, no_number, select
 from plumbing import processes
 from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.records import locked, write_atomic
@@ -84,7 +85,9 @@ def likelihood(counts, K):
     """P(x | q) up to a constant, for x successes of K: (prefixes,) -> (prefixes, grid)."""
     x = np.asarray(counts)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(x > 0, x * np.log(GRID), 0.0) + np.where(x < K, (K - x) * np.log1p(-GRID), 0.0)
+        right = np.where(x > 0, x * np.log(GRID), 0.0)
+        wrong = np.where(x < K, (K - x) * np.log1p(-GRID), 0.0)
+    logs = right + wrong
     return np.exp(logs - logs.max(1, keepdims=True))
 
 
@@ -151,7 +154,8 @@ class Ceiling:
         return best_mean(self.counts[:, :launched] / self.K, keep)
 
     def halves(self, launched, keep):
-        """The best by one half of the rollouts, counted by the other, mean over 20 ways to halve."""
+        """The best by one half of the rollouts, counted by the other, mean over 20 ways to
+        halve."""
         values = []
         for counts, group in zip(self.counts[:, :launched], self.groups[:, :launched]):
             half = self.K // 2
@@ -178,8 +182,9 @@ def share_of_the_way(low, value, high, seed=0, draws=2000):
     chosen = generator.integers(0, len(low), (draws, len(low)))
     gained = (value - low)[chosen].mean(1)
     possible = (high - low)[chosen].mean(1)
-    bounds = np.quantile(gained / possible, (0.025, 0.975)).tolist()
-    mean = float((value - low).mean() / (high - low).mean())
+    with np.errstate(invalid="ignore", divide="ignore"):  # nan where there is nothing to gain
+        bounds = np.quantile(gained / possible, (0.025, 0.975)).tolist()
+        mean = float((value - low).mean() / (high - low).mean())
     return Interval(mean, *bounds)
 
 
@@ -204,7 +209,8 @@ def main(settings):
     if settings.keep > settings.n:
         raise ValueError(f"keep: found {settings.keep}, expected 1 to n = {settings.n}")
     if settings.rollouts < 2:
-        raise ValueError(f"rollouts: found {settings.rollouts}, expected at least 2, for two halves")
+        raise ValueError(
+            f"rollouts: found {settings.rollouts}, expected at least 2, for two halves")
     stored = open_stored(settings)
     if settings.prefixes is None:
         stored.prefixes = sorted(stored.stop.trained_for())
@@ -248,9 +254,14 @@ def run(settings, stored, out):
         print(text)
         write_atomic(out / "ceiling.md", text + "\n")
         content = {"settings": dataclasses.asdict(settings), "rows": rows, "ceilings": reached}
-        write_atomic(out / "ceiling.json", json.dumps(content, indent=1) + "\n")
+        write_atomic(out / "ceiling.json", strict_json(content, indent=1) + "\n")
         shares = {f"share {row['checkpoint']}": round(row["share"].mean, 4) for row in rows}
-        print(json.dumps({"out": settings.out, **shares}))
+        print(strict_json({"out": settings.out, **shares}))
+
+
+def strict_json(value, indent=None):
+    """JSON text in which null stands for what is not defined."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=no_number), indent=indent)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Many plans at once: the paths of all plans for a question, grown together, every stretch once.
 
-No study itself, and not run: budget.py and its tests import it. What a path is depends on seed, prompt,
-index and the branches that it took, and on nothing else (sample.py). Plans that agree up to a check
-therefore share their paths up to there, and a path that two plans keep is decoded once for both. The
-paths of all plans of a problem are a tree; it grows from checkpoint to checkpoint, and a path goes on,
-or branches, as soon as one plan wants it. Each plan gets what `launch_check_resume` would give it, to
-the token, its branches included: nothing is taken from paths that it would not have had.
+No study itself, and not run: budget.py and its tests import it. What a path is depends on seed,
+prompt, index and the branches that it took, and on nothing else (sample.py). Plans that agree up to
+a check therefore share their paths up to there, and a path that two plans keep is decoded once for
+both. The paths of all plans of a problem are a tree; it grows from checkpoint to checkpoint, and a
+path goes on, or branches, as soon as one plan wants it. Each plan gets what `launch_check_resume`
+would give it, to the token, its branches included: nothing is taken from paths that it would not
+have had.
 
 Letters: N launched paths, B rows, P plans.
 """
@@ -141,8 +142,8 @@ class Grove(Batch):
         super()._rearrange(order)
 
     def copy(self, wanted, capacity):
-        """Go on with `wanted` [(row, path), ...] in rows of `capacity` positions. A path that is not
-        the row's own is a new branch of it."""
+        """Go on with `wanted` [(row, path), ...] in rows of `capacity` positions. A path that is
+        not the row's own is a new branch of it."""
         rows = [row for row, _ in wanted]
         branches = [0 if self.live[row] is path else path.branches[-1] for row, path in wanted]
         self.live = [path for _, path in wanted]
@@ -246,8 +247,8 @@ def checks_at(checkpoint, plans):
 
 @torch.inference_mode()
 def grow(model, signal, prompts, plans, limit, sampling, extra):
-    """The finished Trees of prompts (lists of token ids), with all that `plans` want. limit: new tokens
-    of a path; extra: positions that a check needs behind a row (STOP's m)."""
+    """The finished Trees of prompts (lists of token ids), with all that `plans` want. limit: new
+    tokens of a path; extra: positions that a check needs behind a row (STOP's m)."""
     checkpoints = sorted({stage.checkpoint for plan in plans for stage in plan.stages})
     known = spans(plans)
     n = max(plan.n for plan in plans)
@@ -276,7 +277,8 @@ def grow(model, signal, prompts, plans, limit, sampling, extra):
 
 
 def score(trees, batch, signal, running):
-    """Give their new scores to the trees: of the batch's paths, and of those that ended just before."""
+    """Give their new scores to the trees: of the batch's paths, and of those that ended just
+    before."""
     scored = list(batch.live)
     scores = []
     if scored:
@@ -345,8 +347,8 @@ class Graded:
         self.truth = set(self.classes[self.right].tolist())  # classes that are right
 
     def worth(self, plan, start, weighted):
-        """The VALUES of a plan. Its paths vote in the order of their scores: a tie goes to the answer
-        of the best. weighted: whether the scores are weights."""
+        """The VALUES of a plan. Its paths vote in the order of their scores: a tie goes to the
+        answer of the best. weighted: whether the scores are weights."""
         tree = self.tree
         alive = tree.alive[plan]
         tokens, steps = tree.decode(plan, start, math.inf)

@@ -1,5 +1,5 @@
-"""Plans for a budget: plan.json, paths grown together beside runs one by one, the choice, the ceiling
-on data whose truth is known, and the scripts."""
+"""Plans for a budget: plan.json, paths grown together beside runs one by one, the choice, the
+ceiling on data whose truth is known, and the scripts."""
 import csv
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_stages_must_fit_the_limit():
         check_stages([Stage(8, 2, 4), Stage(12, 8)], 2, 12)
 
 
-# ------------------------------------------------------------------------------- paths grown together
+# ----------------------------------------------------------------------------- paths grown together
 
 
 def real_run(house, prompt, plan, seed):
@@ -154,7 +154,8 @@ def by_hand(problem, tokenizer, paths):
 
 @pytest.mark.parametrize("seed", (0, 1))
 def test_plans_grown_together_are_the_runs_one_by_one(house, seed):
-    """Every plan gets the paths, the scores and the tokens of a run of its own, branches included."""
+    """Every plan gets the paths, the scores and the tokens of a run of its own, branches
+    included."""
     plans = [plan_of(n, text) for n, text in TEXTS]
     prompts = [house.tokenizer.ask(problem) for problem in house.problems[:3]]
     sampling = Sampling(1.0, 0, 1.0, seed)
@@ -191,8 +192,8 @@ class Digits:
 
 
 def test_what_plans_are_worth(house, tmp_path):
-    """Votes, shares and tokens of the stored measurement, beside stop.vote and same_answer on runs of
-    their own; the second time it is read."""
+    """Votes, shares and tokens of the stored measurement, beside stop.vote and same_answer on runs
+    of their own; the second time it is read."""
     plans = [plan_of(n, text) for n, text in TEXTS]
     field = dataclasses.replace(house, tokenizer=Digits(house.tokenizer), folder=tmp_path,
                                 problems=[Problem(f"q{i}", f"{i}?", str(i % 3)) for i in range(6)])
@@ -210,7 +211,7 @@ def test_what_plans_are_worth(house, tmp_path):
                 assert found[name] == pytest.approx(value), (name, plan, problem)
             right += expected["cons"]
     assert 10 < right < 50, "votes that are right, and votes that are wrong"
-    again = forest.measure(field, None if False else signal, plans, sampling)
+    again = forest.measure(field, signal, plans, sampling)
     assert (again == values).all() and len(list(tmp_path.glob("*.jsonl"))) == 1
 
 
@@ -310,8 +311,8 @@ def test_families():
 
 
 def test_the_grid_keeps_to_the_tokens():
-    """Every plan once, can be run, and takes about what was asked for; the toy's best by hand are in
-    it."""
+    """Every plan once, can be run, and takes about what was asked for; the toy's best by hand are
+    in it."""
     plans = budget.grid(64, [40, 24, 56, 80], 350, 3300, 121)
     assert len(set(plans)) == len(plans) > 300
     for plan in plans:
@@ -424,7 +425,8 @@ def test_equal_prefixes():
 # ------------------------------------------------------------------------------------- the scripts
 
 
-FLAGS = ("--device", "cpu", "--dtype", "float32", "--temperature", 1.0, "--top-k", 0, "--top-p", 1.0)
+FLAGS = (
+    "--device", "cpu", "--dtype", "float32", "--temperature", 1.0, "--top-k", 0, "--top-p", 1.0)
 
 
 def small_grid(monkeypatch):
@@ -447,8 +449,6 @@ def test_the_study_from_its_command_line(monkeypatch, capsys, folder, tmp_path):
     out = tmp_path / "out"
     stop_at = tmp_path / "stop"
     Stop.load(folder / "stop", load(folder)).save(stop_at)
-    made = ceiling.main
-    assert made is not None
     status, printed, err = study(
         monkeypatch, capsys, folder, "--stop", stop_at, "--out", out, "--write")
     assert status == 0, err
@@ -518,8 +518,8 @@ def test_the_choice_does_not_see_the_other_half(monkeypatch, capsys, folder, tmp
 def test_seconds_instead_of_tokens(monkeypatch, capsys, folder, tmp_path):
     small_grid(monkeypatch)
     status, printed, err = call_script(
-        monkeypatch, capsys, budget, "--model", folder, *FLAGS, "--n", 12, "--keep", 3, "--seeds", "0",
-        "--no-compare", "--cost", "seconds", "--out", tmp_path)
+        monkeypatch, capsys, budget, "--model", folder, *FLAGS, "--n", 12, "--keep", 3,
+        "--seeds", "0", "--no-compare", "--cost", "seconds", "--out", tmp_path)
     assert status == 0, err
     assert "cost model, in seconds" in printed
     status, _, err = study(monkeypatch, capsys, folder, "--cost", "seconds", "--write")
@@ -555,6 +555,7 @@ def test_eval_runs_a_plan(monkeypatch, capsys, folder, tmp_path, stages, replaye
         "--n", 12, "--keep", 3, "--budget", 70, "--out", tmp_path / "out", "--verify")
     assert status == 0, err
     assert printed.count("8 of 8 problems keep the same paths") == 1 + replayed
+    assert "decided votes: the same answers on all 8 problems" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     row = report["rows"][f"plan for 50 tokens: 8 paths, {stages}"]
     tokenizer = Tokenizer(folder)

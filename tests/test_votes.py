@@ -30,7 +30,8 @@ ENDS = tuple(range(3, 61, 7))  # end tokens: about one token in seven
 
 
 def random_case(generator):
-    """(answers, weights, whether each has ended) of 2 to 12 paths, in the order in which they vote."""
+    """(answers, weights, whether each has ended) of 2 to 12 paths, in the order in which they
+    vote."""
     pool = generator.sample(SPELLINGS, generator.randint(1, 4))
     count = generator.randint(2, 12)
     answers = []
@@ -38,7 +39,8 @@ def random_case(generator):
     for _ in range(count):
         spellings = generator.choice(pool)
         answers.append(generator.choice([None, *spellings, *spellings]))
-        weights.append(generator.choice([0.0, 1.0, 1.0, generator.random(), generator.random() / 50]))
+        some = generator.random()
+        weights.append(generator.choice([0.0, 1.0, 1.0, some, some / 50]))
     ended = [generator.random() < 0.8 for _ in range(count)]
     return answers, weights, ended
 
@@ -113,7 +115,8 @@ def answer_of(path):
 @pytest.mark.parametrize("stages", ([(4, 9)], [(3, 3, 4)], [(3, 8), (6, 2, 4)]))
 @pytest.mark.parametrize("seed", range(12))
 def test_a_run_that_stops_early_gives_the_same_answers(pair, stages, seed):
-    """Of both votes; each path is the beginning of what it would have been, and no token is added."""
+    """Of both votes; each path is the beginning of what it would have been, and no token is
+    added."""
     model, stop = pair
     prompt = random_ids(7, seed=seed).tolist()
     how = SAMPLING | {"cascade": stages, "max_new_tokens": 40, "eos_ids": ENDS}
@@ -156,7 +159,8 @@ def fold(key, part):
 
 @torch.inference_mode()
 def go_on(model, prompt, index, ids, turns, until, seed=5):
-    """The tokens of a path from `ids` on, by passes over all of it. turns: [(length, branch), ...]."""
+    """The tokens of a path from `ids` on, by passes over all of it. turns: [(length, branch),
+    ...]."""
     key = 0
     for part in (seed, *prompt, index):
         key = fold(key, part)
@@ -267,8 +271,8 @@ def test_ended_paths_are_never_revived(pair):
 
 
 def test_tokens_are_counted_once(pair, monkeypatch):
-    """What the batch decodes is what the paths hold, a shared prefix once; each path says how much it
-    inherited."""
+    """What the batch decodes is what the paths hold, a shared prefix once; each path says how much
+    it inherited."""
     batches = []
 
     class Counting(Batch):
@@ -304,7 +308,8 @@ def test_the_cache_holds_the_kept_rows_only(pair, monkeypatch):
 
 
 def test_a_path_that_ends_between_two_checks_is_scored_whole(pair):
-    """Its score at the first check was that of its prefix; at the second it stands for all of it."""
+    """Its score at the first check was that of its prefix; at the second it stands for all of
+    it."""
     model, stop = pair
     seen = {}
 
