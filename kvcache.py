@@ -1,11 +1,12 @@
 """The static KV cache of section 3: keys and values of N paths, each row as long as its path.
 
-Launch fills every row with the prompt and then a token at a time. Check writes the [STOP] positions
-into slots behind each row without making any row longer, so that there is nothing to take back.
-Resume keeps k rows and frees the memory of the others. Three paths, of which one is kept:
+Launch fills every row with the prompt and then a token at a time. Check writes the [STOP]
+positions into slots behind each row without making any row longer, so that there is nothing to
+take back. Resume keeps k rows and frees the memory of the others. Three paths, of which one is
+kept:
 
     Launch   0  P P P P t t t t . .              P  prompt     t  new token
-             1  P P P P t t t t . .              .  dead slot: at index >= length, never read
+             1  P P P P t t t t . .              .  dead slot (index >= length): masked, so that it counts for nothing
              2  P P P P t t t t . .
     Check    0  P P P P t t t t S S   0.08       S  m [STOP] positions; each reads its own row, and
              1  P P P P t t t t S S   0.61          the head turns the last one into a score
@@ -13,8 +14,8 @@ Resume keeps k rows and frees the memory of the others. Three paths, of which on
     after    1  P P P P t t t t . .              bit for bit as before, and as long: S is dead again
     Resume   0  P P P P t t t t t t t t . . .    row 1, copied to a new, longer buffer
 
-Layers write at index >= length and read; none changes a length: the sampler does that.
-Letters: B rows, T new positions, K key/value heads, D head_dim.
+Layers write at index >= length and read. Lengths change only here, at the word of the decoder
+(`advance`) and of the sampler. Letters: B rows, T new positions, K key/value heads, D head_dim.
 """
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ class KVCache:
     """Keys and values, one buffer (rows, K, capacity, D) a layer, and each row's length.
 
     `lengths` (B,) int64 lies on the device. `counts`, the same numbers on the host, say how large
-    a pass is without asking the device. Dead slots hold finite numbers that no pass reads.
+    a pass is without asking the device. Dead slots hold finite numbers: a pass may load one, but
+    the mask gives it a weight of exactly 0.
     """
 
     def __init__(self, layers, rows, kv_heads, capacity, head_dim, device="cpu",
@@ -72,7 +74,8 @@ class KVCache:
 
     def write(self, layer, slots, keys, values):
         """Put keys and values (B, K, T, D) at `slots` (B, K, T). The lengths stay as they are.
-        Returns the layer's two buffers, with the new positions in them."""
+        Returns the layer's two buffers with the new positions in them: where a gradient must flow
+        to these, copies, and the cache stays as it is."""
         index = slots.flatten()
         return _put(self.keys[layer], index, keys), _put(self.values[layer], index, values)
 

@@ -1,11 +1,12 @@
 """Hand-rolled LoRA that is active only at [STOP] positions: the Critique Adapter of section 3.
 
-    y = W x + (alpha / r) * 1[STOP] * B A x
+y = W x + (alpha / r) * 1[STOP] * B A x
 
-The adapter is an object of its own and the base model never changes: a pass without it is the base
-model, bit for bit and at no cost. There is no merge: merged weights would act on the prefix too,
-whose keys and values must stay the base model's. A starts random (Kaiming, as in the code of the
-LoRA paper, arXiv 2106.09685), B starts at zero.
+The adapter is an object of its own and the base model never changes: a pass without it is the
+base model, bit for bit and at no cost. There is no merge: merged weights would act on the prefix
+too, whose keys and values must stay the base model's. 1[STOP] is 1 at [STOP] positions and 0
+elsewhere. A starts random (Kaiming, as in the code of the LoRA paper, arXiv 2106.09685), B starts
+at zero.
 """
 import dataclasses
 import math

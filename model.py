@@ -84,8 +84,8 @@ class Positions:
     """
 
     def __init__(self, model, positions, dtype, cache=None, span=None):
-        """span: slots 0..span-1 are read for every row; None: as few as the rows' lengths allow.
-        Without a cache the pass stands alone."""
+        """span: no slot at or beyond it is read, for any row; None: as few as the rows' lengths
+        allow. Without a cache the pass stands alone."""
         self.positions = positions
         self.cache = cache
         self.span = span
@@ -167,7 +167,7 @@ def attend(q, k, v, mask, sinks=None):
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight. Qwen rounds to the model's dtype before it multiplies by the weight,
-    GPT-OSS after (this shows in bfloat16 only)."""
+    GPT-OSS after (this shows in half precision only)."""
 
     def __init__(self, size, config):
         super().__init__()

@@ -1,10 +1,10 @@
 """Batched sampling on the static cache (section 5 has the settings), and paths stored for later
 use.
 
-    python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
+python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
 
-A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): no other row of
-the batch changes a path, nor does the number of rows, nor who was pruned.
+A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): neither another
+row of the batch, nor the number of rows, nor who was pruned has a part in it.
 
 Letters: B rows, V vocabulary.
 """
@@ -112,7 +112,7 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
     logits = logits.float()
     if temperature < 1e-30:  # so small a number would divide to nan
         peak, best = logits.max(-1, keepdim=True)
-        one = peak - peak + 1  # nan where the logits are not finite
+        one = peak - peak + 1  # nan where the logits are not finite, which `draw` shows as V
         return torch.zeros_like(logits).scatter_(-1, best, one)
     logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
     V = logits.shape[-1]
@@ -121,7 +121,7 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
     if top_k == V and top_p == 1:
         return logits.softmax(-1)
 
-    # Totals in float64 come out the same whichever zeros stand between the terms (see `choose`).
+    # Totals in float64: rounded to float32 they do not depend on the zeros between (see `choose`).
     largest = _largest(logits, top_k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if top_p < 1:
@@ -169,7 +169,8 @@ def choose(logits, noise, sampling):
     beyond = place == count  # nan or infinity: no place at all
     tokens = ids.gather(-1, place.clamp(max=count - 1)[:, None])[:, 0]
     tokens = torch.where(beyond, logits.shape[-1], tokens)
-    tied = largest.values[:, -1] == largest.values[:, top_k - 1]
+    fall = (largest.values.float() - largest.values[:, :1].float()).div_(max(temperature, 1e-30))
+    tied = fall[:, -1] == fall[:, top_k - 1]
     if tied.any():
         probs = probabilities(logits[tied], temperature, top_k, top_p)
         tokens[tied] = draw(probs, noise[tied])
@@ -185,8 +186,8 @@ class Path:
     prompt_ids: list
     index: int                     # which path of its prompt: it fixes the noise
     ids: list = dataclasses.field(default_factory=list)
-    status: str = "running"        # running, pruned, eos, length, decided (stop.py)
-    score: float | None = None     # the chance that it ends right, once checked
+    status: str = "running"        # running (or waiting), eos, length, pruned, decided (stop.py)
+    score: float | None = None     # at its last check, the chance that it ends right
     branches: tuple = ()           # at each branching, which of the copies it is
     inherited: int = 0             # how many of `ids` were decoded before it branched off
     prompt_number: int = 0         # which of the prompts that are sampled together
@@ -277,6 +278,7 @@ class Batch:
     last one) is `pending`: not yet in the cache. `settle` puts it there and gives the hidden states
     from which the next tokens are drawn. `decoded` counts rows x steps as they were computed.
     """
+    BEGIN_AT_ONCE = 64
     SORT_EVERY = 32  # steps until rows of like length are put side by side: they read fewer slots
 
     def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
@@ -346,7 +348,7 @@ class Batch:
         for row, path in enumerate(self.live):
             branched = [path.branch(number) for number in range(1, copies)]
             if branched:
-                path.branches += (0,)
+                path.branches += (0,)  # copy 0 is the path itself
             rows += [row] * copies
             live += [path, *branched]
             new_paths += branched
@@ -360,7 +362,7 @@ class Batch:
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
         keys = self.keys[rows]
-        number = torch.arange(len(rows), device=keys.device) % copies
+        number = torch.arange(len(rows), device=keys.device) % copies  # 0, 1, .. of each path
         self.keys = torch.where(number == 0, keys, branch_key(keys, self.drawn, number))
         if self.bar is not None:
             self.bar.total += sum(self.limit - len(path.ids) for path in new_paths)
@@ -368,9 +370,12 @@ class Batch:
 
     def _begin(self, rows):
         """The next waiting paths begin in these rows: each is a copy of its prompt's."""
+        for start in range(0, len(rows), self.BEGIN_AT_ONCE):
+            self._begin_some(rows[start:start + self.BEGIN_AT_ONCE])
+
+    def _begin_some(self, rows):
+        """A few of them, so that few prompts are held beside the rows."""
         paths = [self.waiting.popleft() for _ in rows]
-        if not paths:
-            return
         self.prompts.read(paths, self.waiting)
         prompts = [tuple(path.prompt_ids) for path in paths]
         places = [self.prompts.places[prompt] for prompt in prompts]
@@ -421,7 +426,7 @@ class Batch:
             if path.status != "running":
                 self.free.append(row)
                 ended.append(path)
-        for path in ended:  # only now: what is told of one may end others
+        for path in ended:  # behind the loop: on_end may `finish` others, but none of this step's
             self._end(path, path.status)
 
     def _end(self, path, status):
@@ -440,7 +445,8 @@ class Batch:
         is_full = self.cache.longest == self.cache.capacity  # a row of an ended path grows on
         if len(self.free) >= self.model_step.group or is_full:
             self._keep_running()
-        if self.waiting and self.steps % self.SORT_EVERY == 0:
+        # While paths wait, every free row was just filled: no row number in `free` goes stale.
+        if self.waiting and self.steps % self.SORT_EVERY == 0 and not self.model_step.captured:
             self._rearrange(np.argsort(-self.cache.counts).tolist())
 
     def _keep_running(self):
@@ -536,7 +542,7 @@ def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, ba
     capacity = max(len(prompt) for prompt in prompts) + limit
     rows = memory.choose_rows(model, capacity, batch)
     group = Batch(model, paths, rows, capacity, limit, sampling, eos_ids, bar, ended)
-    paths.clear()  # the batch holds those that wait and those that run
+    paths.clear()  # or it would keep the paths of finished prompts alive
     group.decode(until=limit)
 
 
@@ -599,10 +605,13 @@ def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
     paths = [Path(prompts[i % len(prompts)], i) for i in range(rows)]
     batch = Batch(model, paths, rows, capacity, limit, sampling, eos_ids=())
     batch.cache.advance(limit // 2)
-    batch.decode(until=1)  # warm-up
     start = time.perf_counter()
-    steps = 0
-    while steps < limit // 2 - 2 and time.perf_counter() - start < seconds:
+    batch.decode(until=1)
+    steps = 1
+    if limit > 2:  # the first step warmed up
+        start = time.perf_counter()
+        steps = 0
+    while 1 + steps < limit // 2 and time.perf_counter() - start < seconds:
         steps += 1
         batch.decode(until=1 + steps)
     return rows * max(steps, 1) / (time.perf_counter() - start)

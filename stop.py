@@ -62,7 +62,7 @@ class Stop(torch.nn.Module):
         embeddings = model.model.embed_tokens.weight
         hidden = embeddings.shape[1]
         device = embeddings.device
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = torch.Generator().manual_seed((seed + 1) % 2 ** 64)
         noise = torch.randn(1 if shared else m, hidden, generator=generator)
         self.tokens = torch.nn.Parameter(noise.to(device) * embeddings.float().std())
 
@@ -101,8 +101,9 @@ class Stop(torch.nn.Module):
         """Chances (N,) float32 that prefixes (prompt + prefix, lists of token ids, ragged) end
         right."""
         check_prompts(model, prefixes, self.m)
-        longest = max((len(prefix) for prefix in prefixes), default=0)
-        batch = min(batch, memory.choose_rows(model, longest + self.m))
+        if prefixes:
+            longest = max(len(prefix) for prefix in prefixes)
+            batch = min(batch, memory.rows_beside_others(model, longest + self.m))
         scores = torch.zeros(len(prefixes), device=self.head.weight.device)
         for numbers in like_lengths(prefixes, batch):
             cache, _ = prefill(model, [prefixes[i] for i in numbers], self.m)
@@ -238,6 +239,7 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
             on_check(stage.checkpoint, paths, alive)
     if answer_of is not None:
         batch.on_end = stop_when_decided(batch, alive, answer_of, kind)
+        batch.on_end(None)  # those that have ended already may decide it
     batch.decode(until=max_new_tokens)
     return paths
 
@@ -306,7 +308,7 @@ def stop_when_decided(batch, paths, answer_of, kind):
     answers = {}  # name of an ended path -> its answer
 
     def ended(path):
-        if path.status == "decided":
+        if path is not None and path.status == "decided":
             return
         done = [other for other in paths if other.status != "running"]
         running = [other for other in paths if other.status == "running"]
@@ -403,7 +405,7 @@ def paths_to_keep(settings, prefix):
 
 def show_check(checkpoint, paths, kept):
     """Print the scores of one check, the best first."""
-    tqdm.write(f"check at {checkpoint} tokens: {len(kept)} of {len(paths)} paths go on")
+    tqdm.write(f"check at {checkpoint} tokens: {len(kept)} paths go on")
     for path in sorted(paths, key=lambda path: -path.score):
         tqdm.write(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
 
@@ -438,6 +440,7 @@ def answer_prompt(model, stop, tokenizer, settings):
     seconds = time.perf_counter() - start
 
     finished = [path for path in paths if path.status in ("eos", "length")]
+    finished, _ = rank(finished, len(finished))  # of equal votes the answer of the best path wins
     answers = [answer_of(path) for path in finished]
     for path, answer in zip(finished, answers):
         print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "
@@ -509,8 +512,8 @@ def main(settings):
     flags = ("prompt", "score", "out", "trace")
     given = [flag for flag in flags if getattr(settings, flag) is not None]
     if given != ["prompt"] and given[:1] != ["score"]:
-        found = " --".join(given or ["none"])
-        raise ValueError(f"found --{found}, expected --prompt, or --score, --out and --trace")
+        found = " ".join(f"--{flag}" for flag in given) or "neither"
+        raise ValueError(f"found {found}, expected --prompt, or --score, --out and --trace")
     model, tokenizer = open_model(settings)
     stop = Stop.load(stop_folder(settings), model)
     if settings.score is not None:
@@ -525,6 +528,13 @@ def recipe(flags):
     return ({"dtype": "float32"} if "score" in flags else {}), None
 
 
+# A setting that says all that these others say, each of which would have no effect beside it
+ALTERNATIVES = {
+    "cascade": ("keep", "retention", "budget", "prefix"),
+    "keep": ("retention", "budget"),
+    "retention": ("budget",)}
+
+
 def check(settings):
     """Raise ValueError on settings that cannot be, before any work is done."""
     sampling_of(settings)
@@ -536,6 +546,10 @@ def check(settings):
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
+    for name, others in ALTERNATIVES.items():
+        for other in others:
+            if getattr(settings, name) is not None and getattr(settings, other) is not None:
+                raise ValueError(f"{other}: found beside --{name}, expected one of the two")
     if settings.picture is not None:
         picture.check_file(settings.picture)
         if settings.score is not None:

@@ -68,7 +68,7 @@ class Settings(Common):
     rank: int = option(128, "of the LoRA")
     alpha: float | None = option(None, "of the LoRA (default: twice the rank)")
     targets: str | None = option(
-        None, "linears with LoRA, as in q_proj,v_proj (default: all seven that are there)")
+        None, "linears with LoRA, as in q_proj,v_proj or none (default: all seven that are there)")
     dropout: float = option(0.0, "before the LoRA")
     lr: float = option(2e-5, "AdamW's learning rate")
     weight_decay: float = option(0.01, "AdamW's")
@@ -151,7 +151,8 @@ def make_labels(model, tokenizer, problems, settings, out, plan):
         print(f"stratified: {len(kept)} of {len(problems)} problems stay, with {len(cuts)} "
               "prefixes", flush=True)
         restate(plan, records, cuts)
-    return roll_out(model, tokenizer, cuts, settings, out)
+    limit = require_room(model, [record["prompt_ids"] for record in records], settings)
+    return roll_out(model, tokenizer, cuts, limit, settings, out)
 
 
 def stratify(records, settings):
@@ -214,14 +215,13 @@ def require_room(model, prompts, settings):
     return limit
 
 
-def roll_out(model, tokenizer, cuts, settings, out):
-    """The soft labels of Cuts: the share of K continuations that end right. A path that has ended
-    is its own only continuation."""
+def roll_out(model, tokenizer, cuts, limit, settings, out):
+    """The soft labels of Cuts: the share of K continuations that end right, prefix and continuation
+    together of at most `limit` new tokens. A path that has ended gets its own grade."""
     if not cuts:
         raise ValueError(
             f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
             "paths right, expected some to train on")
-    limit = require_room(model, [cut.record["prompt_ids"] for cut in cuts], settings)
     K = settings.rollouts
     sampling = sampling_of(settings)
     graded = [[cut.problem.kind, cut.problem.answer] for cut in cuts]
@@ -328,8 +328,8 @@ class Prefixes:
     def own(self, numbers):
         """Those of the batches `numbers` on which this process works: its share of them or, with
         `share_rows`, all of which it has rows."""
-        if not self.share_rows:
-            return processes.mine(numbers)
+        if not self.share_rows:  # always the same, whose caches it keeps
+            return [i for i in numbers if i % processes.count() == processes.rank()]
         return [i for i in numbers if processes.mine(self.batches[i])]
 
     def __getitem__(self, i):
@@ -394,7 +394,7 @@ def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
     group}. The loss of a step is the mean over all its prefixes, however many passes and processes
     they take."""
     stop.train()
-    torch.manual_seed(settings.seed + epoch)  # dropout, and the order of the batches
+    torch.manual_seed((settings.seed + epoch) % 2 ** 64)  # dropout, and the order of the batches
     steps = torch.randperm(len(prefixes.batches)).split(settings.accumulation)
     total = 0.0
     for number, batches in enumerate(steps, epoch * len(steps)):
@@ -405,7 +405,7 @@ def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
             require_finite(loss, f"fit: the loss of step {number + 1}")
             (loss / rows).backward()
             total += loss.item()
-        average_gradients(stop)
+        sum_gradients(stop)
         norms = gradient_norms(stop)
         torch.nn.utils.clip_grad_norm_(stop.parameters(), settings.clip or math.inf)
         rate = learning_rate(number, settings.epochs * len(steps), settings)
@@ -417,8 +417,9 @@ def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
     return {"train_loss": total / len(prefixes.labels), **norms}
 
 
-def average_gradients(stop):
-    """Add up the gradients that the processes computed from their shares of a step."""
+def sum_gradients(stop):
+    """Add up the gradients that the processes computed from their shares of a step: each has
+    divided its loss by the rows of the whole step, so that the sum is the mean."""
     for parameter in stop.parameters():
         if parameter.grad is None:  # this process had no batch in this step
             parameter.grad = torch.zeros_like(parameter)
@@ -479,10 +480,10 @@ def fit(model, examples, settings, out, identity):
 
 
 def new_stop(model, settings):
-    """An untrained Stop. targets "": no LoRA at all."""
+    """An untrained Stop."""
     targets = settings.targets
     if targets is not None:
-        targets = targets.split(",") if targets else []
+        targets = [] if targets in ("", "none") else targets.split(",")
     return Stop(model, settings.m, settings.rank, settings.alpha, targets, settings.head,
                 settings.shared, settings.dropout, settings.seed)
 
@@ -539,7 +540,8 @@ def make_plan(model, prompts, prefixes, tests, settings):
     problems = len(prompts) if labelling else 0
     paths = problems * settings.paths + len(tests) * settings.n
     rows = memory.choose_rows(model, capacity, settings.batch)
-    print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)
+    if processes.is_first():
+        print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)
     rate = decoding_rate(model, prompts, max(1, min(rows, paths)), limit, sampling_of(settings))
     longest = max(prompts, key=len)
     return Plan(
@@ -569,6 +571,7 @@ def fit_seconds(model, prompt, prefixes, settings):
         cache, labels = batch[0]
         read = time.perf_counter()
         stop.loss(stop(model, cache), labels).backward()
+        stop.head.bias.grad.sum().item()  # waits for the device
         seconds = [read - start, time.perf_counter() - read]
     reading, step = seconds
     passes = math.ceil(prefixes / settings.batch_size)

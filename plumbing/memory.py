@@ -98,6 +98,14 @@ def choose_rows(model, capacity, batch=None):
     return rows_that_fit(model.config, capacity, element, free_bytes(model.device))
 
 
+def rows_beside_others(model, capacity):
+    """How many rows of `capacity` positions fit beside what is held already; one at least."""
+    try:
+        return choose_rows(model, capacity)
+    except ValueError:
+        return 1
+
+
 def describe_rows(model, rows, capacity):
     """One line on the rows decoded at a time."""
     element = model.model.embed_tokens.weight.element_size()
