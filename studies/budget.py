@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import operator
 import sys
 import time
 from pathlib import Path
@@ -403,7 +404,9 @@ def draw_figure(file, report):
         for source, signal in curves:
             own = [line for line in report if line["source"] == source and line["signal"] == signal
                    and line["budget"] is not None]
-            own.sort(key=lambda line: line["tokens"])
+            if not own:
+                continue
+            own.sort(key=operator.itemgetter("tokens"))
             x = [line["tokens"] for line in own]
             label = source if signal == "STOP" else f"{source}, {signal}"
             axes.plot(x, [line[name] for line in own], marker="o", markersize=3, label=label)
@@ -414,7 +417,8 @@ def draw_figure(file, report):
             if line["source"] == "paper's default":
                 axes.plot(line["tokens"], line[name], "k*", markersize=10, label="paper's default")
         axes.set(xlabel="tokens a problem", ylabel=name)
-    panels[0].legend(fontsize="x-small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     content = io.BytesIO()
     figure.savefig(content, format="svg")
     write_atomic(file, content.getvalue())
