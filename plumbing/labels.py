@@ -37,17 +37,29 @@ def read_prefixes(file, check):
             check(ids)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-        problem = record.get("id", record.get("problem_id"))
-        problem = None if problem is None else str(problem)
+        problem = _read_problem(record, place)
         label = _read_label(record, place)
         checkpoint = record.get("checkpoint")
-        if checkpoint is not None and (type(checkpoint) is not int or checkpoint < 1):
+        is_length = type(checkpoint) is int and 1 <= checkpoint < 2 ** 31
+        if checkpoint is not None and not is_length:
             raise ValueError(
                 f"{place}: checkpoint: found {shorten(checkpoint)}, expected a positive integer")
         found.append(LabelledPrefix(ids, label, problem, checkpoint, line))
     if not found:
         raise ValueError(f"{file}: found no record, expected JSON lines with prefix_token_ids")
     return found
+
+
+def _read_problem(record, place):
+    """Which problem a record belongs to, as text, or None."""
+    for key in ("id", "problem_id"):
+        problem = record.get(key)
+        if problem is not None:
+            if type(problem) not in (int, str):
+                raise ValueError(
+                    f"{place}: {key}: found {shorten(problem)}, expected a text or a whole number")
+            return str(problem)
+    return None
 
 
 def _read_label(record, place):
