@@ -63,11 +63,15 @@ from plumbing.records import Job, digest, locked, write_atomic
 from sample import Batch, Path as SampledPath
 from sample import generate, model_digest, open_model, prefill, sampling_of
 from shared import StopSettings, load_problems, load_stop, numbers, require, stored_paths, write_table
-from stop import score_ended, score_live, stop_digest
+from stop import like_lengths, score_ended, score_live, stop_digest
 
 SKETCH = 512            # numbers that a gradient of all weights is folded to
 SHARES = (0.25, 0.4, 0.6, 0.8)
 STEPS = (32, 1024)      # groups in a step, for the mean squared error of biased forms
+OTHERS_SHAPE = "advantage"  # by which useless and wrong scores keep paths, in the table
+REFITTED = ("kept only", "reweighted, scores", "scores as critic")
+NO_PART_OF_TRAINING = (  # settings that change no training run
+    "out", "jobs", "batch", "device", "prefixes", "problems", "paths", "group", "rounds")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -78,7 +82,7 @@ class Settings(StopSettings):
     top_p: float = option(1.0, "off, likewise")
     train_data: str | None = option(
         None, "problems to train on (default: train.jsonl in the model's directory)")
-    prefixes: str = option("40,80", "checkpoints to try, in new tokens")
+    prefixes: str = option("24,40,80", "checkpoints to try, in new tokens")
     problems: int = option(32, "gradients: problems, the first of --data")
     paths: int = option(64, "gradients: paths a problem")
     group: int = option(16, "gradients: paths a group")
@@ -414,13 +418,13 @@ def quality(measured, whole, chosen):
     found = measured.halves[:, chosen].mean(1)
     truth = whole.halves[:, chosen].mean(1)
     size = truth[0] @ truth[1]
-    bias_square = bias[0] @ bias[1]
+    bias_square = (bias[0] @ bias[1]).clamp(min=0)
     along = (found[0] @ truth[1] + found[1] @ truth[0]) / 2
-    cosine = along / (size * found[0] @ found[1]).clamp(min=1e-30).sqrt()
+    cosine = along / (size * (found[0] @ found[1])).sqrt()  # nan: both are lost in the noise
     tokens = measured.tokens[chosen].mean() / whole.tokens[chosen].mean()
     variance = measured.variance[chosen].mean() / whole.variance[chosen].mean()
     row = {
-        "bias": (bias_square / size).clamp(min=0).sqrt().item(),
+        "bias": (bias_square / size).sqrt().item(),
         "cosine": cosine.item(),
         "variance": variance.item(),
         "tokens": tokens.item()}
@@ -493,3 +497,412 @@ def with_perfect_scores(right, prefix_share):
         tokens = prefix_share + (1 - prefix_share) * kept
         least = min(least, float((variance * tokens).min()))
     return least
+
+
+# Training by each form
+
+
+class Launched(NamedTuple):
+    """Groups of one step, after Launch, Check, the coins and Resume; G groups of N paths."""
+    paths: list        # of SampledPath, group by group
+    draw: Draw         # each (G, N)
+    tokens: int        # decoded
+
+
+@torch.no_grad()
+def roll_out(model, stop, tokenizer, problems, form, seed, settings):
+    """The Launched of these problems, a group each: paths are pruned at the checkpoint by coins that
+    depend on the seed."""
+    N = settings.train_group
+    checkpoint = settings.train_prefix
+    limit = settings.max_new_tokens
+    prompts = [tokenizer.ask(problem) for problem in problems]
+    paths = []
+    for number, prompt in enumerate(prompts):
+        paths += [SampledPath(prompt, i, prompt_number=number) for i in range(N)]
+    sampling = dataclasses.replace(sampling_of(settings), seed=seed)
+    capacity = max(len(prompt) for prompt in prompts) + limit + stop.m
+    batch = Batch(model, paths, len(paths), capacity, limit, sampling)
+    chances = torch.ones(len(paths))
+    kept = torch.ones(len(paths))
+    if form.prunes or form.weights is scores_as_critic:
+        batch.decode(until=checkpoint)
+        score_live(model, stop, batch)
+        score_ended(model, stop, [path for path in paths if path.status != "running"])
+    if form.prunes:
+        scores = torch.tensor([path.score for path in paths])
+        is_running = torch.tensor([path.status == "running" for path in paths])
+        wanted = keep_chances(form.shape, scores, settings.train_share, settings.least)
+        chances = torch.where(is_running, wanted, 1.0)
+        coins = torch.rand(len(paths), generator=torch.Generator().manual_seed(seed))
+        kept = (coins < chances).float()
+        batch.prune([path for path, keep in zip(paths, kept.tolist()) if not keep])
+    batch.decode(until=limit)
+    rewards = [is_right(path, problems[path.prompt_number], tokenizer) for path in paths]
+    scores = [0.0 if path.score is None else path.score for path in paths]
+    draw = Draw(torch.tensor(rewards).float().view(-1, N), torch.tensor(scores).view(-1, N),
+                chances.view(-1, N), kept.view(-1, N))
+    return Launched(paths, draw, sum(len(path.ids) for path in paths))
+
+
+def is_right(path, problem, tokenizer):
+    """Whether a path's answer is the problem's; a pruned path's is not."""
+    answer = extract_answer(tokenizer.completion(path.ids), problem.kind)
+    return path.status != "pruned" and same_answer(answer, problem.answer, problem.kind)
+
+
+def add_gradient(model, launched, form, settings):
+    """Leave minus a form's estimate, the mean over groups, in the gradients of the model's
+    weights."""
+    weights = form.weights(launched.draw)
+    groups = len(weights.prefix)
+    on_prefix = weights.prefix.flatten() / groups
+    on_rest = weights.rest.flatten() / groups
+    matters = (on_prefix != 0) | (on_rest != 0)
+    chosen = matters.nonzero()[:, 0].tolist()
+    sequences = [launched.paths[i].prompt_ids + launched.paths[i].ids for i in chosen]
+    model.requires_grad_(True)
+    for places in like_lengths(sequences, batch=32):
+        part = [chosen[place] for place in places]
+        paths = [launched.paths[i] for i in part]
+        logp, number = log_chances(model, paths, settings.temperature)
+        is_prefix = number < settings.train_prefix
+        factor = torch.where(is_prefix, on_prefix[part, None], on_rest[part, None])
+        factor = torch.where(number >= 0, factor, 0.0)  # neither prompt nor padding
+        (-factor * logp).sum().backward()
+    model.requires_grad_(False)
+
+
+def refit(model, stop, optimizer, launched, settings):
+    """One step of STOP on what the finished paths say: their outcomes are the labels, weighted by
+    w = k / pi, so that the pruned are stood for."""
+    finished = [i for i, path in enumerate(launched.paths) if path.status != "pruned"]
+    prefixes = []
+    for i in finished:
+        path = launched.paths[i]
+        prefixes.append(path.prompt_ids + path.ids[:settings.train_prefix])
+    labels = launched.draw.rewards.flatten()[finished]
+    factors = 1 / launched.draw.chances.flatten()[finished]
+    with torch.no_grad():
+        cache, _ = prefill(model, prefixes, stop.m)
+    logits = stop(model, cache)[:, 0]
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, labels, weight=factors, reduction="sum")
+    (losses / factors.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(stop.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def accuracy(model, tokenizer, problems, settings):
+    """The share of right paths on problems that no run was trained on; the same noise each time."""
+    prompts = [tokenizer.ask(problem) for problem in problems]
+    sampling = dataclasses.asdict(sampling_of(settings))
+    sampling["seed"] += 10 ** 6
+    found = generate(
+        model, prompts, settings.test_paths, settings.max_new_tokens, **sampling)
+    right = 0
+    for problem, paths in zip(problems, found):
+        right += sum(is_right(path, problem, tokenizer) for path in paths)
+    return right / (len(problems) * settings.test_paths)
+
+
+def train_run(name, is_refitted, seed, settings):
+    """Train the model by one form -> {"tokens": [...], "accuracy": [...], "brier": [...]}, a
+    value an evaluation. brier: STOP's mean squared error since the last evaluation."""
+    torch.set_num_threads(1)
+    form = next(form for form in FORMS if form.name == name)
+    model, tokenizer = open_model(settings)
+    stop = load_stop(settings, model)
+    problems = training_problems(settings)
+    tests = load_problems(settings)[-settings.test_problems:]
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    of_stop = torch.optim.AdamW(stop.parameters(), lr=settings.refit_lr)
+    order = np.random.default_rng(settings.seed + seed)
+    group_tokens = settings.train_group * 120  # a guess for the first step
+    spent = 0
+    found = {"tokens": [], "accuracy": [], "brier": []}
+    squares = []
+    while spent < settings.train_tokens:
+        groups = max(1, round(settings.step_tokens / group_tokens))
+        chosen = [problems[i] for i in order.integers(0, len(problems), groups)]
+        step_seed = settings.seed + 1000 * (seed + 1) + spent
+        launched = roll_out(model, stop, tokenizer, chosen, form, step_seed, settings)
+        add_gradient(model, launched, form, settings)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if is_refitted:
+            refit(model, stop, of_stop, launched, settings)
+        squares.append(squared_error(launched.draw))
+        spent += launched.tokens
+        group_tokens = launched.tokens / groups
+        if spent >= settings.train_tokens * (len(found["tokens"]) + 1) / settings.evaluations:
+            found["tokens"].append(spent)
+            found["accuracy"].append(accuracy(model, tokenizer, tests, settings))
+            found["brier"].append(float(np.mean(squares)))
+            squares = []
+    return found
+
+
+def squared_error(draw):
+    """Mean of (r - s)^2 over a step's paths, estimated from the finished ones. (Of unscored paths
+    s is 0, which is no score at all: the table leaves theirs out.)"""
+    surprise = (draw.rewards - draw.scores) ** 2
+    return (draw.kept / draw.chances * surprise).mean().item()
+
+
+def training_problems(settings):
+    """The problems of --train-data, or those in the model's directory."""
+    return read_problems(settings.train_data or find_folder(settings.model) / "train.jsonl")
+
+
+def training_heads(settings):
+    """What runs there are: each form with STOP fixed, and some with a STOP that is refitted."""
+    heads = []
+    for seed in range(settings.seeds):
+        for form in FORMS:
+            heads.append({"form": form.name, "refitted": False, "seed": seed})
+        for name in REFITTED:
+            heads.append({"form": name, "refitted": True, "seed": seed})
+    return heads
+
+
+def study_training(model, stop, tokenizer, settings, folder):
+    """The records of all training runs, and the accuracy before any; taken up where it stopped."""
+    known = dataclasses.asdict(settings)
+    for name in NO_PART_OF_TRAINING:
+        del known[name]
+    problems = [dataclasses.asdict(problem) for problem in training_problems(settings)]
+    tests = load_problems(settings)[-settings.test_problems:]
+    identity = digest(known, model_digest(model), stop_digest(stop), problems,
+                      [dataclasses.asdict(problem) for problem in tests])
+    job = Job(folder / f"training-{identity[:12]}.jsonl", identity, training_heads(settings))
+    todo = job.todo()
+    fresh = multiprocessing.get_context("spawn")  # a fork would share torch's threads
+    pool = concurrent.futures.ProcessPoolExecutor(settings.jobs, mp_context=fresh)
+    with job, pool, progress(len(todo), "run", "training") as bar:
+        running = {}
+        for i in todo:
+            head = job.heads[i]
+            future = pool.submit(train_run, head["form"], head["refitted"], head["seed"], settings)
+            running[future] = i
+        for future in concurrent.futures.as_completed(running):
+            job.add(running[future], future.result())
+            bar.update()
+    return job.finish(), accuracy(model, tokenizer, tests, settings)
+
+
+# The report
+
+
+def shown_interval(value):
+    """An Interval as a cell."""
+    return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def markdown(header, rows):
+    """A table of cells, texts."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gradient_cells(row):
+    """A row of the table of gradients as texts."""
+    plan = "no pruning"
+    if row["share"] < 1:
+        plan = f"{row['share']:g} by {row['shape']} @ {row['checkpoint']}"
+    if row["scores"] != "STOP":
+        plan += f", {row['scores']} scores"
+    names = ("bias", "cosine", "variance")
+    cells = [shown_interval(row[name]) for name in names]
+    cells.append(f"{row['tokens'].mean:.2f}")
+    cells += [shown_interval(row[f"mse_{groups}"]) for groups in STEPS]
+    return [row["form"], plan, *cells]
+
+
+def gradient_table(rows):
+    """Rows of the study of gradients in Markdown."""
+    header = ["form", "pi", "bias / size of g", "cosine of its mean", "variance", "tokens"]
+    header += [f"MSE at equal tokens, step of {groups} groups" for groups in STEPS]
+    return markdown(header, [gradient_cells(row) for row in rows])
+
+
+def told_rows(rows):
+    """The rows for the table: no pruning, each form at its best pi, and useless and wrong scores."""
+    told = best_rows(rows, STEPS[0])
+    best = {row["form"]: row for row in told}
+    for row in rows:
+        own = best[row["form"]]
+        same_plan = (row["checkpoint"], row["shape"]) == (own["checkpoint"], OTHERS_SHAPE)
+        if row["scores"] != "STOP" and same_plan:
+            told.append(row)
+    return told
+
+
+def perfect_table():
+    """`with_perfect_scores` in Markdown."""
+    shares = (0, 0.1, 0.2, 0.3, 0.5)
+    rows = []
+    for right in (0.5, 0.3, 0.2, 0.1, 0.05, 0.02):
+        values = [with_perfect_scores(right, share) for share in shares]
+        rows.append([f"{right:g}", *(f"{value:.2f}" for value in values)])
+    return markdown(["right paths", *(f"prefix {share:g} of a path" for share in shares)], rows)
+
+
+def training_rows(records):
+    """Records of one form and kind of STOP together: dicts, values a seed and an evaluation."""
+    together = {}
+    for record in records:
+        name = record["form"] + (", STOP refitted" if record["refitted"] else "")
+        together.setdefault(name, []).append(record)
+    return together
+
+
+def training_table(records, before):
+    """Accuracy at each evaluation: mean over seeds and, at the end, each seed's; and STOP's error."""
+    rows = []
+    for name, runs in training_rows(records).items():
+        accuracies = np.array([run["accuracy"] for run in runs])  # (seeds, evaluations)
+        briers = np.array([run["brier"] for run in runs]).mean(0)
+        cells = [f"{value:.3f}" for value in accuracies.mean(0)]
+        last = ", ".join(f"{value:.3f}" for value in accuracies[:, -1])
+        drift = f"{briers[0]:.3f} to {briers[-1]:.3f}"
+        rows.append([name, f"{before:.3f}", *cells, last, "" if name == "whole group" else drift])
+    first = next(iter(training_rows(records).values()))
+    places = [f"{tokens:,}" for tokens in first[0]["tokens"]]
+    header = ["form", "before", *(f"about {place} tokens" for place in places), "each seed at last",
+              "STOP's (r - s)^2"]
+    return markdown(header, rows)
+
+
+def curve_of(row):
+    """What points of one curve have in common: all but the share."""
+    return tuple(row[key] for key in ("form", "shape", "checkpoint", "scores"))
+
+
+def draw_figure(rows, records, before, file):
+    """Error against the share kept, and accuracy against tokens, as SVG."""
+    figure = matplotlib.figure.Figure((12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    best = best_rows(rows, STEPS[0])
+    for row in best:
+        if row["share"] < 1:
+            curve = [other for other in rows if curve_of(other) == curve_of(row)]
+            shares = [point["share"] for point in curve]
+            values = np.array([point[f"mse_{STEPS[0]}"] for point in curve])  # (points, 3)
+            label = f"{row['form']}, by {row['shape']} @ {row['checkpoint']}"
+            left.plot(shares, values[:, 0], marker="o", label=label)
+            left.fill_between(shares, values[:, 1], values[:, 2], alpha=0.1)
+        else:
+            value = row[f"mse_{STEPS[0]}"].mean
+            left.axhline(value, linestyle="--", color="gray")
+            left.annotate(row["form"], (SHARES[0], value), fontsize="small")
+    left.set(xlabel="share of the paths kept", ylabel=f"squared error at equal tokens, step of "
+             f"{STEPS[0]} groups (whole group = 1)")
+    left.legend(fontsize="small")
+    for name, runs in training_rows(records).items():
+        tokens = np.mean([run["tokens"] for run in runs], 0)
+        values = np.mean([run["accuracy"] for run in runs], 0)
+        style = "--" if runs[0]["refitted"] else "-"
+        right.plot([0, *tokens], [before, *values], style, marker="o", label=name)
+    right.set(xlabel="tokens decoded", ylabel="accuracy on held-out problems, mean over seeds")
+    if records:
+        right.legend(fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="svg")
+    write_atomic(file, content.getvalue())
+
+
+def flat_rows(rows):
+    """Rows with each Interval as three numbers, for a CSV file."""
+    flat = []
+    for row in rows:
+        numbers_of_row = {}
+        for name, value in row.items():
+            if isinstance(value, Interval):
+                numbers_of_row[name] = value.mean
+                numbers_of_row[f"{name}_low"] = value.low
+                numbers_of_row[f"{name}_high"] = value.high
+            else:
+                numbers_of_row[name] = value
+        flat.append(numbers_of_row)
+    return flat
+
+
+def check(settings):
+    """ValueError on settings that cannot be, before any work is done."""
+    require_positive(settings, "problems", "paths", "group", "rounds", "least", "max_new_tokens",
+                     "train_prefix", "train_share", "train_group", "step_tokens", "lr", "refit_lr",
+                     "seeds", "evaluations", "test_problems", "test_paths", "jobs", "batch")
+    for name in ("group", "train_group", "problems"):
+        value = getattr(settings, name)
+        require(name, value >= 2, value, "at least 2")
+    require("paths", settings.paths % (2 * settings.group) == 0, settings.paths,
+            f"a multiple of twice the group of {settings.group}")
+    is_whole = settings.top_k == 0 and settings.top_p == 1 and settings.temperature > 0
+    require("temperature, top_k, top_p", is_whole,
+            (settings.temperature, settings.top_k, settings.top_p),
+            "the whole distribution: a temperature above 0, top-k 0, top-p 1")
+    require("least", settings.least < min(SHARES), settings.least, f"below {min(SHARES)}")
+    require("train_share", settings.least < settings.train_share < 1, settings.train_share,
+            f"a share between least = {settings.least} and 1")
+    require("train_tokens", settings.train_tokens >= 0, settings.train_tokens, "0 or more")
+
+
+def main(settings):
+    """Both studies; the last line is one JSON object."""
+    check(settings)
+    checkpoints = numbers("prefixes", settings.prefixes)
+    model, tokenizer = open_model(settings)
+    stop = load_stop(settings, model)
+    if settings.max_new_tokens is None:
+        settings = dataclasses.replace(settings, max_new_tokens=stop.trained_limit())
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    problems = load_problems(settings)[:settings.problems]
+    records = stored_paths(
+        model, tokenizer, problems, out, settings.paths, settings.max_new_tokens, settings)
+    with locked(out):
+        run(model, stop, tokenizer, records, checkpoints, settings, out)
+
+
+def run(model, stop, tokenizer, records, checkpoints, settings, out):
+    """The whole study, in its folder."""
+    pool = pool_of(model, stop, records, checkpoints, settings, out)
+    if pool.rewards.min() == pool.rewards.max():
+        raise ValueError("data: found no problem with right and wrong paths, expected some: there is "
+                         "no gradient")
+    rows = study_gradients(pool, checkpoints, settings)
+    told = told_rows(rows)
+    right = pool.rewards.mean().item()
+    text = (f"Gradients: {len(records)} problems, {settings.paths} paths each, {right:.3f} right, "
+            f"groups of {settings.group}, least pi {settings.least:g}\n\n{gradient_table(told)}\n\n"
+            "With perfect scores, the least variance x tokens of the reweighted forms (no pruning "
+            f"= 1):\n\n{perfect_table()}\n")
+    print(text, flush=True)
+    write_table(out / "gradients.csv", flat_rows(rows))
+    runs = []
+    before = math.nan
+    if settings.train_tokens > 0:
+        runs, before = study_training(model, stop, tokenizer, settings, out)
+        trained = (f"Training: {settings.step_tokens:,} tokens a step, groups of "
+                   f"{settings.train_group}, {settings.train_share:g} kept @ "
+                   f"{settings.train_prefix}, {settings.seeds} seeds; accuracy on "
+                   f"{settings.test_problems} held-out problems, {settings.test_paths} paths "
+                   f"each\n\n{training_table(runs, before)}\n")
+        print(trained, flush=True)
+        text += "\n" + trained
+    write_atomic(out / "rollouts.md", text)
+    if matplotlib is None:
+        print("matplotlib is not installed: no figure is drawn, gradients.csv holds its points")
+    else:
+        draw_figure(rows, runs, before, out / "rollouts.svg")
+    result = {"out": settings.out, "problems": len(records)}
+    for row in best_rows(rows, STEPS[0]):
+        result[row["form"]] = round(row[f"mse_{STEPS[0]}"].mean, 4)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    command_line(Settings, main)

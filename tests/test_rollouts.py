@@ -1,15 +1,23 @@
 """studies/rollouts.py: what the estimates are on average, by enumeration of every outcome."""
 import itertools
+import json
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, close, random_model, random_prompt
+from helpers import (
+    ROOT, call_script, close, random_model, random_prompt, random_stop, raw_config,
+    write_checkpoint, write_lines, write_tokenizer)
 
 sys.path.insert(0, str(ROOT / "studies"))
 import rollouts
+import sample
+from model import load
+from plumbing.problems import read_problems
+from plumbing.tokenizer import Tokenizer
 from rollouts import Draw, Weights
-from sample import Path
+from sample import Path, generate, model_digest
+from stop import Stop, stop_digest
 
 EXACT = 1e-9
 REWARDS = (1.0, 0.0, 0.0, 1.0)
@@ -268,3 +276,137 @@ def test_a_sketch_keeps_inner_products_on_average():
         folded = rollouts.Sketch(model, seed)(value, retain=True)
         found.append(folded.square().sum().item())
     assert sum(found) / 30 == pytest.approx(expected, rel=0.15)
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def settings_of(**changes):
+    return rollouts.Settings(**{
+        "max_new_tokens": 10, "train_prefix": 4, "train_group": 4, "train_share": 0.5,
+        "temperature": 1.0} | changes)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """(folder, model, tokenizer, stop, problems) of a tiny random checkpoint whose directory holds
+    all that the study reads."""
+    raw = raw_config("qwen2", vocab_size=256, eos_token_id=[3, 50, 99])
+    folder = write_checkpoint(tmp_path_factory.mktemp("rollouts") / "it", raw)
+    write_tokenizer(folder)
+    model = load(folder)
+    stop = random_stop(model)
+    stop.save(folder / "stop", {"settings": {"prefix": 4, "max_new_tokens": 10}})
+    problems = [{"id": f"p{i}", "problem": f"{i}?", "answer": i} for i in range(6)]
+    for name in ("train.jsonl", "test.jsonl"):
+        write_lines(folder / name, problems)
+    return folder, model, Tokenizer(folder), stop, read_problems(folder / "train.jsonl")
+
+
+def form_named(name):
+    return next(form for form in rollouts.FORMS if form.name == name)
+
+
+def test_pruning_shortens_paths_and_changes_no_other_token(material):
+    """Kept paths are those that `generate` gives; pruned ones are their first tokens."""
+    _, model, tokenizer, stop, problems = material
+    settings = settings_of()
+    launched = rollouts.roll_out(
+        model, stop, tokenizer, problems[:2], form_named("reweighted"), 7, settings)
+    prompts = [tokenizer.ask(problem) for problem in problems[:2]]
+    whole = generate(model, prompts, 4, 10, temperature=1.0, top_k=0, top_p=1.0, seed=7)
+    expected = whole[0] + whole[1]
+    statuses = set()
+    for path, other, kept in zip(launched.paths, expected, launched.draw.kept.flatten().tolist()):
+        statuses.add(path.status)
+        if path.status == "pruned":
+            assert kept == 0 and path.ids == other.ids[:4]
+        else:
+            assert kept == 1 and path.ids == other.ids
+    assert "pruned" in statuses and len(statuses) > 1
+    assert launched.tokens == sum(len(path.ids) for path in launched.paths)
+    ended = [path.status == "eos" and len(path.ids) <= 4 for path in launched.paths]
+    assert (launched.draw.chances.flatten()[torch.tensor(ended)] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["whole group", "pruned as 0", "scores as critic"])
+def test_the_models_gradient_is_the_estimate(material, name):
+    """Beside a sum over paths one by one, from a softmax by hand."""
+    _, model, tokenizer, stop, problems = material
+    settings = settings_of()
+    form = form_named(name)
+    launched = rollouts.roll_out(model, stop, tokenizer, problems[:2], form, 3, settings)
+    rewards = torch.rand(2, 4, generator=torch.Generator().manual_seed(1)).round()
+    launched = launched._replace(draw=launched.draw._replace(rewards=rewards))
+    weights = form.weights(launched.draw)
+    model.requires_grad_(True)
+    total = 0.0
+    for i, path in enumerate(launched.paths):
+        logits = model.logits(model(torch.tensor([path.prompt_ids + path.ids])))[0]
+        for place, token in enumerate(path.ids):
+            row = logits[len(path.prompt_ids) + place - 1]
+            weight = weights.prefix if place < 4 else weights.rest
+            total = total - weight.flatten()[i] / 2 * (row[token] - row.logsumexp(0))
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    model.requires_grad_(False)
+    rollouts.add_gradient(model, launched, form, settings)
+    for parameter, gradient in zip(model.parameters(), expected):
+        close(parameter.grad, gradient, 1e-4)
+        parameter.grad = None
+
+
+def test_refitting_moves_the_stop_and_not_the_model(material):
+    folder, model, tokenizer, _, problems = material
+    stop = Stop.load(folder / "stop", model)
+    form = form_named("scores as critic")
+    launched = rollouts.roll_out(model, stop, tokenizer, problems[:2], form, 3, settings_of())
+    optimizer = torch.optim.AdamW(stop.parameters(), lr=0.01)
+    models = model_digest(model)
+    stops = stop_digest(stop)
+    rollouts.refit(model, stop, optimizer, launched, settings_of())
+    assert stop_digest(stop) != stops
+    assert model_digest(model) == models
+
+
+def test_the_script_as_it_is_typed(material, tmp_path, monkeypatch, capsys):
+    """Tables, points and the last line; typed again, it trains nothing again. (A random model has no
+    right path: every third stored one is called right.)"""
+    folder = material[0]
+    turns = itertools.count()
+
+    def every_third(answer, reference, kind):
+        return next(turns) % 3 == 0
+
+    monkeypatch.setattr(sample, "same_answer", every_third)
+    flags = ["--model", folder, "--out", tmp_path, "--prefixes", "3,4", "--problems", 3,
+             "--paths", 8, "--group", 4, "--rounds", 2, "--train-prefix", 4, "--train-group", 4,
+             "--train-tokens", 60, "--step-tokens", 40, "--seeds", 1, "--evaluations", 1,
+             "--test-problems", 2, "--test-paths", 1]
+    status, out, err = call_script(monkeypatch, capsys, rollouts, *flags)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["whole group"] == 1.0
+    report = (tmp_path / "rollouts.md").read_text()
+    for form in rollouts.FORMS:
+        assert f"| {form.name} |" in report
+    assert (tmp_path / "gradients.csv").read_text().startswith("form,checkpoint,")
+
+    def forbidden(*words):
+        raise AssertionError("a run was made again")
+
+    monkeypatch.setattr(rollouts, "train_run", forbidden)
+    monkeypatch.setattr(rollouts, "gradients_of", forbidden)
+    again, _, err = call_script(monkeypatch, capsys, rollouts, *flags)
+    assert again == 0, err
+    assert (tmp_path / "rollouts.md").read_text() == report
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--paths", "24"], "paths: found 24, expected a multiple of twice the group of 16"),
+    (["--top-k", "40"], "expected the whole distribution"),
+    (["--least", "0.3"], "least: found 0.3, expected below 0.25"),
+    (["--train-share", "1"], "train_share: found 1.0, expected a share between")])
+def test_settings_that_cannot_be_are_refused(flags, message, monkeypatch, capsys):
+    status, _, err = call_script(monkeypatch, capsys, rollouts, *flags)
+    assert status == 2
+    assert message in err
