@@ -348,8 +348,8 @@ def replay(model, stop, record, plan):
 
 
 def verify_decided(model, tokenizer, stop, problems, records, plan, settings):
-    """Run a BudgetPlan to the end and until its votes are decided: both votes must be the same, and no
-    token more. ValueError where they are not; else prints what it saves."""
+    """Run a BudgetPlan to the end and until its votes are decided: both votes must be the same, and
+    no token more. ValueError where they are not; else prints what it saves."""
     sampling = dataclasses.asdict(sampling_of(settings))
     spent = []  # a problem: tokens to the end, and until decided
     for problem, record in processes.mine(list(zip(problems, records))):

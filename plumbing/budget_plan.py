@@ -86,8 +86,8 @@ def read_plans(folder, stop):
     content = read_json(file)
     if content.get("stop") != stop:
         found = shown(content.get("stop"))
-        raise ValueError(f"{file}: stop: found {found}, expected {stop!r}: it was chosen for another "
-                         "STOP; run studies/budget.py --write again")
+        raise ValueError(f"{file}: stop: found {found}, expected {stop!r}: it was chosen for "
+                         "another STOP; run studies/budget.py --write again")
     records = content.get("plans")
     if not isinstance(records, list) or not records:
         raise ValueError(

@@ -12,8 +12,8 @@ def is_decided(answers, weights, outstanding, kind="math"):
 
     The bound holds whatever they say. The winner counts only with votes that are spelled alike; an
     outstanding vote may be for anybody, and may even show two different answers to be equal, so
-    answers that may turn out equal count together. A tie is never decided: order breaks it. Nor is a
-    winner decided that may be read in two ways: an outstanding vote could name it otherwise."""
+    answers that may turn out equal count together. A tie is never decided: order breaks it. Nor is
+    a winner decided that may be read in two ways: an outstanding vote could name it otherwise."""
     spelled = {}
     for answer, weight in zip(answers, weights):
         if answer is not None:
