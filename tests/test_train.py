@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import random
+import shutil
 import signal
 import time
 
@@ -712,12 +713,12 @@ def flags_for(few, out, **changes):
 
 
 def test_killed_by_the_system(run, few, tmp_path):
-    """Three real kills at random moments, then the README's way of going on: the same command
+    """Two real kills at random moments, then the README's way of going on: the same command
     again."""
     rng = random.Random(1)
     out = tmp_path / "killed"
     words = flags_for(few, out)
-    for _ in range(3):
+    for _ in range(2):
         running = start_script("train.py", words)
         time.sleep(rng.uniform(4, 8))
         kill(running)
@@ -782,13 +783,11 @@ def test_two_processes_make_the_same_run(alone, few, tmp_path):
     assert_same_within_rounding(out, alone)
 
 
-@pytest.mark.parametrize("count", (1, 2))
-def test_a_run_of_which_one_process_was_killed_goes_on(alone, few, tmp_path, count):
-    """Torchrun ends the others; with one process or with two, started again, the run is the same.
-    """
-    out = tmp_path / "out"
-    words = flags_of(TOGETHER | {"test": few, "out": str(out)})
-    running = start_script("train.py", words, processes=2)
+@pytest.fixture(scope="module")
+def broken_off(few, tmp_path_factory):
+    """The folder of a run on two processes, of which one was killed while it made paths."""
+    out = tmp_path_factory.mktemp("broken") / "out"
+    running = start_script("train.py", flags_of(TOGETHER | {"test": few, "out": str(out)}), 2)
     deadline = time.time() + 120
     while not list(out.glob("*.part1")) and time.time() < deadline:
         time.sleep(0.1)
@@ -797,7 +796,16 @@ def test_a_run_of_which_one_process_was_killed_goes_on(alone, few, tmp_path, cou
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
     running.communicate(timeout=100)
-    assert running.returncode != 0
+    assert running.returncode != 0  # torchrun has ended the other one
+    return out
+
+
+@pytest.mark.parametrize("count", (1, 2))
+def test_a_run_of_which_one_process_was_killed_goes_on(alone, few, broken_off, tmp_path, count):
+    """Started again with one process or with two, the run is the same."""
+    out = tmp_path / "out"
+    shutil.copytree(broken_off, out)
+    words = flags_of(TOGETHER | {"test": few, "out": str(out)})
     status, _, err = run_script("train.py", words, processes=count)
     assert status == 0, err
     assert_same_within_rounding(out, alone)
