@@ -36,6 +36,7 @@ from plumbing.problems import Problem, read_problems, read_sources, without_held
 from plumbing.records import (
     Job, claim, digest, locked, read_json, read_sealed, write_sealed)
 from plumbing.statistics import auroc, pairwise_accuracy
+from plumbing.stop_files import files_digest
 from sample import (
     check_prompts, decoding_rate, model_digest, open_model, prefill, require_finite, room,
     sample_all, sample_paths, sampling_of, token_bar)
@@ -68,7 +69,8 @@ class Settings(Common):
     rank: int = option(128, "of the LoRA")
     alpha: float | None = option(None, "of the LoRA (default: twice the rank)")
     targets: str | None = option(
-        None, "linears with LoRA, as in q_proj,v_proj or none (default: all seven that are there)")
+        None, "linears with LoRA, as in q_proj,v_proj or none (default: all seven that are there)",
+        may_be_empty=True)
     dropout: float = option(0.0, "before the LoRA")
     lr: float = option(2e-5, "AdamW's learning rate")
     weight_decay: float = option(0.01, "AdamW's")
@@ -451,7 +453,7 @@ def fit(model, examples, settings, out, identity):
     stop = new_stop(model, settings)
     optimizer = torch.optim.AdamW(
         stop.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    first, best = resume_fit(stop, optimizer, out, identity)
+    first, best, saved = resume_fit(stop, optimizer, out, identity)
     if processes.is_first():
         describe(training, "fit")
         describe(validation, "validation")
@@ -474,7 +476,11 @@ def fit(model, examples, settings, out, identity):
                         "epoch": epoch + 1,
                         "metrics": row}
                     stop.save(out / "stop", trained)
-                save_fit(stop, optimizer, out, identity, epoch + 1, best)
+                    saved = files_digest(out / "stop")
+                save_fit(stop, optimizer, out, identity, epoch + 1, best, saved)
+    if processes.is_first() and files_digest(out / "stop") != saved:
+        raise ValueError(f"{out / 'stop'}: found other files than this run wrote, or none: remove "
+                         f"{out / 'fit.pt'} to fit again; the labels are kept")
     processes.wait_for_all()
     return Stop.load(out / "stop", model)
 
@@ -501,12 +507,13 @@ def describe(prefixes, name):
           f"{prefixes.labels.mean():.3f} right")
 
 
-def save_fit(stop, optimizer, out, identity, epochs, best):
+def save_fit(stop, optimizer, out, identity, epochs, best, saved):
     """Write all that the coming epochs need to out/fit.pt."""
     content = io.BytesIO()
     state = {
         "epochs": epochs,
         "best": best,
+        "saved": saved,
         "stop": stop.state_dict(),
         "optimizer": optimizer.state_dict()}
     torch.save(state, content)
@@ -514,17 +521,18 @@ def save_fit(stop, optimizer, out, identity, epochs, best):
 
 
 def resume_fit(stop, optimizer, out, identity):
-    """Take up a fit from out/fit.pt, if it is there; -> (epochs done, best validation loss)."""
+    """Take up a fit from out/fit.pt, if it is there; -> (epochs done, best validation loss, digest
+    of the STOP's files that were saved then)."""
     file = out / "fit.pt"
     if not file.is_file():
-        return 0, math.inf
+        return 0, math.inf, None
     advice = "remove it to fit again from the first epoch; the labels are kept"
     content = read_sealed(file, identity, advice)
     device = stop.head.weight.device
     state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     stop.load_state_dict(state["stop"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["epochs"], state["best"]
+    return state["epochs"], state["best"], state["saved"]
 
 
 # --------------------------------------------------------------------------------------- the plan

@@ -35,9 +35,11 @@ OUT_OF_MEMORY = (
 OTHER_PROCESS_GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
-def option(default, text):
-    """A dataclass field with its default and its help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text, may_be_empty=False):
+    """A dataclass field with its default and its help text. may_be_empty: whether "" is a value
+    of it; elsewhere it is what a shell makes of a variable that is not set."""
+    metadata = {"help": text, "may_be_empty": may_be_empty}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -130,7 +132,7 @@ def misfit(field, value):
     if field.name == "seed":
         fits = type(value) is int and -2 ** 63 <= value < 2 ** 64
         return None if fits else "an integer of at most 64 bits"
-    if kind is str and value == "":
+    if kind is str and value == "" and not field.metadata["may_be_empty"]:
         return "a text of at least one character (it would hold no token and name no file)"
     if kind is str and type(value) is str and "\0" in value:
         return "a text without the character NUL"

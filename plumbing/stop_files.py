@@ -6,6 +6,7 @@ unnoticed, and stop.json holds a digest of the tensors' bytes. The release (READ
 github.com/bijiaxihh/STOP) is a PEFT adapter, one token shared by all m, and a head of two logits.
 """
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -213,6 +214,17 @@ def write_stop(folder, about, tensors, trained):
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "stop.safetensors", content)
     write_atomic(folder / "stop.json", json.dumps(described, indent=1) + "\n")
+
+
+def files_digest(folder):
+    """Digits that stand for every byte of a STOP's two files, or None where one is missing."""
+    found = hashlib.sha256()
+    for name in ("stop.safetensors", "stop.json"):
+        file = Path(folder) / name
+        if not file.is_file():
+            return None
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def match(saved, expected_shapes):
