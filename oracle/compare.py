@@ -281,7 +281,7 @@ def summary_of(results):
 # --------------------------------------------------------------------------------- the causes
 
 EXACT = 2e-3   # a mistake is recognised within this share of what it changes,
-ROUNDED = 0.1  # or, where it only rounds, within this one
+ROUNDED = 0.25  # or, where it only rounds, within this one
 
 
 def matches_numbers(row, wrong, expected, found, rounded):
@@ -406,13 +406,17 @@ def name_cause(mistakes, chain, cases):
     for case, about in cases.items():
         order = [row for row in CHAINS[chain] if row in about["rows"]]
         bad = [row for row in order if summary_of(about["rows"][row]).state == FAIL]
-        if bad:
-            failing[case] = candidates(
-                mistakes, case, chain, about["expected"], about["found"], about["rows"])
-            if first is None or order.index(bad[0]) < first["order"]:
-                summary = summary_of(about["rows"][bad[0]])
-                first = {"case": case, "row": bad[0], "order": order.index(bad[0]),
-                         "place": summary.place}
+        if not bad:
+            continue
+        failing[case] = candidates(
+            mistakes, case, chain, about["expected"], about["found"], about["rows"])
+        summary = summary_of(about["rows"][bad[0]])
+        place = {"case": case, "row": bad[0], "order": CHAINS[chain].index(bad[0]),
+                 "place": summary.place}
+        if first is None or place["order"] < first["order"]:
+            first = place
+        elif place["order"] == first["order"] and not failing[first["case"]]:
+            first = place  # as early, and perhaps explained
     if first is None:
         return None
     chosen = failing[first["case"]]

@@ -32,7 +32,7 @@ def our_outputs(case):
 
 
 def measure(case, found):
-    """({row: {"mean", "largest"}}, {"mean_gap", "mean_score"} or None) of one implementation."""
+    """Of one implementation rows {row: {mean, largest}} and runs {number: {mean_gap, mean_score}}."""
     expected = read_json(HERE / "vectors" / case.name / "expected.json")
     rows = {}
     for row in rounded.ROWS:
@@ -40,7 +40,7 @@ def measure(case, found):
             off = list(rounded.distances(row, expected[row], found.get(row)).values())
             if off:
                 rows[row] = {"mean": float(np.mean(off)), "largest": float(max(off))}
-    runs = []
+    runs = {}
     model = case.model()
     stop = case.stop(model)
     for number, run in enumerate(cases.read_case(case.name)["runs"]):
@@ -49,8 +49,8 @@ def measure(case, found):
         result = follow.follow_run(model, stop, run, found, number)
         if result["fault"]:
             raise ValueError(f"{case.name}: run {number}: {result['fault']}")
-        runs.append({"mean_gap": float(result["gaps"].mean()),
-                     "mean_score": float(np.mean(result["scores"]))})
+        runs[str(number)] = {"mean_gap": float(result["gaps"].mean()),
+                             "mean_score": float(np.mean(result["scores"]))}
     return SimpleNamespace(rows=rows, runs=runs)
 
 
@@ -75,9 +75,10 @@ def main():
         for row in measured["rooms"].rows:
             known = [one.rows[row] for one in measured.values() if row in one.rows]
             table["rows"][case.name][row] = larger(known)
-        runs = [run for one in measured.values() for run in one.runs]
-        if runs:
-            table["runs"][case.name] = larger(runs)
+        table["runs"][case.name] = {}
+        for number in measured["rooms"].runs:
+            known = [one.runs[number] for one in measured.values() if number in one.runs]
+            table["runs"][case.name][number] = larger(known)
         for name, one in measured.items():
             about = {"rows": one.rows, "runs": one.runs}
             table["measured"].setdefault(name, {})[case.name] = about

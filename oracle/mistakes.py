@@ -19,7 +19,7 @@ from wrong_training import TRAINING, training_rows
 
 TITLES = DECODER | SCORE | TRAINING | PATHS | CHECK | RESUME | BRANCHES | SAMPLER | CHOICES
 LONGEST = 300        # longer prefixes are not tried with mistakes
-SHOWS = 20           # a mistake counts where it moves a number by so many times what is allowed
+SHOWS = 2            # a mistake counts where it moves a number by so many times what is allowed
 LARGEST = 10         # places shown of an entry: where it changes most,
 SPREAD = 6           # and some at equal distances
 
