@@ -6,7 +6,7 @@ take back. Resume keeps k rows and frees the memory of the others. Three paths, 
 kept:
 
     Launch   0  P P P P t t t t . .              P  prompt     t  new token
-             1  P P P P t t t t . .              .  dead slot (index >= length): masked, so that it counts for nothing
+             1  P P P P t t t t . .              .  dead slot: at index >= length, masked
              2  P P P P t t t t . .
     Check    0  P P P P t t t t S S   0.08       S  m [STOP] positions; each reads its own row, and
              1  P P P P t t t t S S   0.61          the head turns the last one into a score
