@@ -1,38 +1,42 @@
-"""Pruned rollouts for reinforcement learning: which estimate is honest, and does pruning pay?
-(Beyond the paper.)
+"""Pruned rollouts for reinforcement learning: which estimate of the policy gradient is honest,
+and does pruning pay? (Beyond the paper.)
 
-    python studies/rollouts.py                          # the embedded toy; --jobs 2: on two cores
-    python studies/rollouts.py --train-tokens 0         # the gradients alone, no training
+    python studies/rollouts.py --jobs 2           # the embedded toy, training on two cores
+    python studies/rollouts.py --train-tokens 0   # the gradients alone
 
-A group is N paths of a problem, with rewards r_i of 0 or 1. STOP scores each prefix: s_i, the chance
-that the path ends right. Path i is finished (k_i = 1) with chance pi_i = clip(c f(s_i), least, 1), by
-a coin of its own; of a pruned path nothing but the prefix is known. (The best k by score would give
-some paths no chance at all, and no weight corrects that.) Every estimate of the policy gradient is
+A group is N paths of a problem, with rewards r_i of 0 or 1. STOP scores each prefix: s_i, the
+chance that the path ends right. Path i is finished (k_i = 1) with chance pi_i = clip(c f(s_i),
+least, 1), by a coin of its own; of a pruned path nothing but the prefix is known. (Keeping the best
+k gives some paths no chance at all, and no weight corrects that.) Every estimate is
 
     g = sum over i of  a_i grad log p(prefix_i)  +  c_i grad log p(rest_i given prefix_i)
 
-and the forms differ in a_i and c_i. With w_i = k_i / pi_i and b_-i the mean of others' values:
+and the forms differ in a_i and c_i. With w_i = k_i / pi_i and b_-i the mean of the others' values:
 
-    whole group           a = c = (r_i - b_-i) / N         values r_j; nothing is pruned
-    kept only             a = c = (r_i - b_-i) / kept      values r_j, of kept paths only
-    pruned as 0           a = (k_i r_i - b_-i) / N         values k_j r_j; c = k_i a
-    reweighted            a = c = w_i (r_i - b_-i) / N     values w_j r_j
-    reweighted, scores    a = c = w_i (r_i - b_-i) / N     values v_j = s_j + w_j (r_j - s_j)
-    scores as critic      a = (v_i - b_-i) / N             values v_j; c = w_i (r_i - s_i) / N
+    whole group           a = c = (r_i - b_-i) / N        values r_j; nothing is pruned
+    kept only             a = c = (r_i - b_-i) / kept     values r_j, of kept paths only
+    pruned as 0           a = (k_i r_i - b_-i) / N        values k_j r_j; c = k_i a
+    reweighted            a = c = w_i (r_i - b_-i) / N    values w_j r_j
+    reweighted, scores    a = c = w_i (r_i - b_-i) / N    values v_j = s_j + w_j (r_j - s_j)
+    scores as critic      a = (v_i - b_-i) / N            values v_j; c = w_i (r_i - s_i) / N
 
-The two reweighted forms are the whole group's estimate on average over the coins, and so unbiased,
-whatever the scores: E[w_i] = 1, and b_-i depends on others' coins only, so E[w_i b_-i] = E[b_-i], the
-mean of others' rewards. That each pi_i comes from path i's own score is not needed: it is enough that
-the coins are independent once all pi are fixed from the prefixes, and that no pi_i is 0. The last form
-is unbiased too: v_i estimates r_i without bias, and for what follows the checkpoint any function of the
-prefix may serve as the baseline, s_i as well as b. The kept-only form takes the kept paths' mean for
-the mean; "pruned as 0" is the exact gradient of something else, the chance of being kept and right.
+On average over the coins the two reweighted forms are the whole group's estimate, and so unbiased,
+whatever the scores: E[w_i] = 1, and b_-i depends on the others' coins only, so that E[w_i b_-i] =
+E[b_-i], the mean of the others' rewards. It is not needed that each pi_i comes from path i's own
+score: the coins must be independent once all pi are fixed from the prefixes, and no pi_i may be 0.
 
-What pi is best? Of one path, variance is E[u_i / pi_i] - |g|^2 with u_i = E[c_i^2 | s_i] |grad|^2 at
-pi = 1, and tokens are prefix + pi_i rest. Their product is least at pi_i = min(1, c sqrt(u_i)):
+The last form is unbiased as well. v_i estimates r_i without bias; and for what follows the
+checkpoint any function of the prefix may serve as the baseline, s_i as well as b. The kept-only
+form takes the mean of the kept for the mean of all. "Pruned as 0" is the exact gradient of
+something else: the chance of being kept and right.
 
-    reweighted forms      u = s (1 - 2 b) + b^2            shape "advantage"
-    scores as critic      u = s (1 - s)                    shape "doubt"
+Which pi is best? A path adds E[u / pi] to the variance, beside what pi does not touch, where u is
+the mean of |what w_i multiplies|^2 given s_i; and it adds prefix + pi rest to the tokens. Variance
+times tokens is least at pi_i = min(1, c sqrt(u_i)), for some c. Up to a factor, if gradients are of
+one size:
+
+    reweighted forms      u = s (1 - 2 b) + b^2           shape "advantage"
+    scores as critic      u = s (1 - s)                   shape "doubt"
 """
 import concurrent.futures
 import dataclasses
@@ -40,8 +44,8 @@ import io
 import json
 import math
 import multiprocessing
+import pathlib
 import sys
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -52,7 +56,7 @@ try:
 except ImportError:
     matplotlib = None
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from baselines import progress
 from eval import Interval
 from plumbing.answers import extract_answer, same_answer
@@ -60,15 +64,16 @@ from plumbing.checkpoint import find_folder
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import read_problems
 from plumbing.records import Job, digest, locked, write_atomic
-from sample import Batch, Path as SampledPath
-from sample import generate, model_digest, open_model, prefill, sampling_of
-from shared import StopSettings, load_problems, load_stop, numbers, require, stored_paths, write_table
+from sample import Batch, Path, generate, model_digest, open_model, prefill, sampling_of
+from shared import (
+    StopSettings, load_problems, load_stop, numbers, require, stored_paths, write_table)
 from stop import like_lengths, score_ended, score_live, stop_digest
 
 SKETCH = 512            # numbers that a gradient of all weights is folded to
 SHARES = (0.25, 0.4, 0.6, 0.8)
 STEPS = (32, 1024)      # groups in a step, for the mean squared error of biased forms
-OTHERS_SHAPE = "advantage"  # by which useless and wrong scores keep paths, in the table
+OTHER_SCORES = ("useless", "wrong")
+OTHER_SHARE = 0.6       # kept, where scores are compared
 REFITTED = ("kept only", "reweighted, scores", "scores as critic")
 NO_PART_OF_TRAINING = (  # settings that change no training run
     "out", "jobs", "batch", "device", "prefixes", "problems", "paths", "group", "rounds")
@@ -89,10 +94,10 @@ class Settings(StopSettings):
     rounds: int = option(24, "gradients: random ways to form groups and to toss coins")
     least: float = option(0.1, "the least chance to be kept")
     train_prefix: int = option(40, "training: the checkpoint")
-    train_share: float = option(0.4, "training: the share of the paths that is kept")
+    train_share: float = option(0.5, "training: the share of the paths that is kept")
     train_group: int = option(8, "training: paths a group")
-    train_tokens: int = option(250_000, "training: tokens of a run; 0: no training")
-    step_tokens: int = option(8_000, "training: tokens of a step")
+    train_tokens: int = option(48_000, "training: tokens of a run; 0: no training")
+    step_tokens: int = option(4_000, "training: tokens of a step")
     lr: float = option(5e-4, "training: Adam's learning rate")
     refit_lr: float = option(1e-3, "training: AdamW's learning rate for a STOP that is refitted")
     seeds: int = option(3, "training: runs of each form")
@@ -242,13 +247,14 @@ FORMS = [
     Form("scores as critic", scores_as_critic, True, by_doubt),
     Form("scores as critic, no pruning", scores_as_critic, True, alike, prunes=False)]
 SHAPES = {"alike": alike, "score": by_score, "advantage": by_advantage, "doubt": by_doubt}
+SHAPE_NAMES = {shape: name for name, shape in SHAPES.items()}
 
 
 # Gradients of the model's own weights
 
 
 def log_chances(model, paths, temperature):
-    """(log p (B, T), number (B, T)) of SampledPaths, right-padded: the log-probability of each token,
+    """(log p (B, T), number (B, T)) of Paths, right-padded: the log-probability of each token,
     and which new token of its path it is. Numbers below 0 are the prompt's; padding has -1."""
     rows = [torch.tensor(path.prompt_ids + path.ids) for path in paths]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
@@ -320,7 +326,7 @@ def gradients_of(model, records, checkpoints, settings):
     sketch = Sketch(model, settings.seed)
     paths = []
     for record in records:
-        paths += [SampledPath(record["prompt_ids"], i, ids) for i, ids in enumerate(record["paths"])]
+        paths += [Path(record["prompt_ids"], i, ids) for i, ids in enumerate(record["paths"])]
     found = torch.zeros(len(checkpoints) + 1, len(paths), SKETCH)
     with progress(len(paths), "path", "gradients") as bar:
         for i, path in enumerate(paths):
@@ -354,9 +360,10 @@ class Measured(NamedTuple):
     tokens: torch.Tensor    # (Q,) of a group
 
 
-def changed_scores(scores, kind, generator):
+def changed_scores(scores, kind, seed):
     """STOP's scores (Q, M), or others of the same values that say nothing, or the opposite."""
     if kind == "useless":
+        generator = torch.Generator().manual_seed(seed + 1)
         order = torch.rand(scores.shape, generator=generator).argsort(-1)
         return scores.gather(-1, order)
     if kind == "wrong":
@@ -377,7 +384,7 @@ def measure(pool, plan, forms, settings):
     """The Measured of each form under a plan."""
     Q, M = pool.rewards.shape
     generator = torch.Generator().manual_seed(settings.seed)
-    scores = changed_scores(pool.scores[plan.checkpoint], plan.scores, generator)
+    scores = changed_scores(pool.scores[plan.checkpoint], plan.scores, settings.seed)
     chances = keep_chances(SHAPES[plan.shape], scores, plan.share, settings.least)
     ended = pool.lengths <= plan.checkpoint
     chances = torch.where(ended, 1.0, chances)  # nothing is saved by pruning these
@@ -436,43 +443,40 @@ def quality(measured, whole, chosen):
     return row
 
 
-def with_intervals(measured, whole):
-    """`quality` with 95% intervals, by jackknife over problems: name -> Interval."""
-    Q = len(whole.tokens)
-    everything = quality(measured, whole, list(range(Q)))
+def row_of(measured, whole, chosen):
+    """Form, plan and `quality` on the chosen problems, with 95% intervals by jackknife over them:
+    a dict with an Interval for each number."""
+    everything = quality(measured, whole, chosen)
     without = []
-    for left_out in range(Q):
-        without.append(quality(measured, whole, [q for q in range(Q) if q != left_out]))
-    found = {}
+    for left_out in chosen:
+        others = [problem for problem in chosen if problem != left_out]
+        without.append(quality(measured, whole, others))
+    row = {"form": measured.form.name, **measured.plan._asdict()}
     for name, value in everything.items():
-        values = np.array([row[name] for row in without])
-        spread = 1.96 * math.sqrt((Q - 1) * values.var())
-        found[name] = Interval(value, value - spread, value + spread)
-    return found
+        values = np.array([other[name] for other in without])
+        spread = 1.96 * math.sqrt((len(chosen) - 1) * values.var())
+        row[name] = Interval(value, value - spread, value + spread)
+    return row
 
 
 def study_gradients(pool, checkpoints, settings):
-    """Rows of the table of gradients: every form under every plan, as dicts."""
+    """The Measured of every form under every plan; the first is the whole group's."""
     pruning = [form for form in FORMS if form.prunes]
     unpruned = [form for form in FORMS if not form.prunes]
-    rows = []
+    found = []
     for checkpoint in checkpoints:
+        found += measure(pool, Plan(checkpoint, "alike", 1.0), unpruned, settings)
         plans = [Plan(checkpoint, shape, share) for shape in SHAPES for share in SHARES]
-        for kind in ("useless", "wrong"):
-            plans += [Plan(checkpoint, shape, 0.6, kind) for shape in ("advantage", "doubt")]
-        whole, critic = measure(pool, Plan(checkpoint, "alike", 1.0), unpruned, settings)
-        measurements = [whole, critic]
+        for kind in OTHER_SCORES:
+            plans += [Plan(checkpoint, shape, OTHER_SHARE, kind) for shape in SHAPES]
         with progress(len(plans), "plan", f"pruning at {checkpoint}") as bar:
             for plan in plans:
-                measurements += measure(pool, plan, pruning, settings)
+                found += measure(pool, plan, pruning, settings)
                 bar.update()
-        for measured in measurements:
-            row = {"form": measured.form.name, **measured.plan._asdict()}
-            rows.append(row | with_intervals(measured, whole))
-    return rows
+    return found
 
 
-def best_rows(rows, groups):
+def best_plans(rows, groups):
     """For each form its row with the least mean squared error at a step of so many groups."""
     best = {}
     for row in rows:
@@ -481,6 +485,35 @@ def best_rows(rows, groups):
             if known is None or row[f"mse_{groups}"].mean < known[f"mse_{groups}"].mean:
                 best[row["form"]] = row
     return list(best.values())
+
+
+def with_other_scores(rows, checkpoint):
+    """Rows of each form at one plan at a checkpoint, with STOP's scores and with others."""
+    found = []
+    for form in FORMS:
+        own = SHAPE_NAMES[form.shape]
+        for row in rows:
+            same_plan = (row["shape"], row["share"]) == (own, OTHER_SHARE)
+            if row["form"] == form.name and same_plan and row["checkpoint"] == checkpoint:
+                found.append(row)
+    return found
+
+
+def by_difficulty(measurements, pool):
+    """The unbiased forms at their best plans on the half of the problems with the fewest right
+    paths, and on the other half: [(share of right paths, rows), ...]."""
+    whole = measurements[0]
+    order = pool.rewards.mean(-1).argsort().tolist()
+    middle = len(order) // 2
+    found = []
+    for chosen in (order[:middle], order[middle:]):
+        rows = []
+        for measured in measurements:
+            if measured.form.is_unbiased:
+                rows.append(row_of(measured, whole, chosen))
+        right = pool.rewards[chosen].mean().item()
+        found.append((right, best_plans(rows, STEPS[0])))
+    return found
 
 
 def with_perfect_scores(right, prefix_share):
@@ -504,22 +537,22 @@ def with_perfect_scores(right, prefix_share):
 
 class Launched(NamedTuple):
     """Groups of one step, after Launch, Check, the coins and Resume; G groups of N paths."""
-    paths: list        # of SampledPath, group by group
+    paths: list        # of Path, group by group
     draw: Draw         # each (G, N)
     tokens: int        # decoded
 
 
 @torch.no_grad()
 def roll_out(model, stop, tokenizer, problems, form, seed, settings):
-    """The Launched of these problems, a group each: paths are pruned at the checkpoint by coins that
-    depend on the seed."""
+    """The Launched of these problems, a group each: paths are pruned at the checkpoint by coins
+    that depend on the seed."""
     N = settings.train_group
     checkpoint = settings.train_prefix
     limit = settings.max_new_tokens
     prompts = [tokenizer.ask(problem) for problem in problems]
     paths = []
     for number, prompt in enumerate(prompts):
-        paths += [SampledPath(prompt, i, prompt_number=number) for i in range(N)]
+        paths += [Path(prompt, i, prompt_number=number) for i in range(N)]
     sampling = dataclasses.replace(sampling_of(settings), seed=seed)
     capacity = max(len(prompt) for prompt in prompts) + limit + stop.m
     batch = Batch(model, paths, len(paths), capacity, limit, sampling)
@@ -711,9 +744,7 @@ def gradient_cells(row):
     """A row of the table of gradients as texts."""
     plan = "no pruning"
     if row["share"] < 1:
-        plan = f"{row['share']:g} by {row['shape']} @ {row['checkpoint']}"
-    if row["scores"] != "STOP":
-        plan += f", {row['scores']} scores"
+        plan = f"{row['share']:g} by {row['shape']} @ {row['checkpoint']}, {row['scores']}"
     names = ("bias", "cosine", "variance")
     cells = [shown_interval(row[name]) for name in names]
     cells.append(f"{row['tokens'].mean:.2f}")
@@ -728,16 +759,17 @@ def gradient_table(rows):
     return markdown(header, [gradient_cells(row) for row in rows])
 
 
-def told_rows(rows):
-    """The rows for the table: no pruning, each form at its best pi, and useless and wrong scores."""
-    told = best_rows(rows, STEPS[0])
-    best = {row["form"]: row for row in told}
-    for row in rows:
-        own = best[row["form"]]
-        same_plan = (row["checkpoint"], row["shape"]) == (own["checkpoint"], OTHERS_SHAPE)
-        if row["scores"] != "STOP" and same_plan:
-            told.append(row)
-    return told
+def difficulty_table(halves):
+    """What `by_difficulty` gives, in Markdown."""
+    lines = []
+    for right, rows in halves:
+        for row in rows:
+            lines.append([f"{right:.3f}", *gradient_cells(row)[:2],
+                          shown_interval(row["variance"]), f"{row['tokens'].mean:.2f}",
+                          shown_interval(row[f"mse_{STEPS[0]}"])])
+    header = ["right paths of the half", "form", "its best pi there", "variance", "tokens",
+              "MSE at equal tokens"]
+    return markdown(header, lines)
 
 
 def perfect_table():
@@ -760,7 +792,8 @@ def training_rows(records):
 
 
 def training_table(records, before):
-    """Accuracy at each evaluation: mean over seeds and, at the end, each seed's; and STOP's error."""
+    """Accuracy at each evaluation: the mean over seeds and, at the end, each seed's; and STOP's
+    error."""
     rows = []
     for name, runs in training_rows(records).items():
         accuracies = np.array([run["accuracy"] for run in runs])  # (seeds, evaluations)
@@ -785,8 +818,7 @@ def draw_figure(rows, records, before, file):
     """Error against the share kept, and accuracy against tokens, as SVG."""
     figure = matplotlib.figure.Figure((12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    best = best_rows(rows, STEPS[0])
-    for row in best:
+    for row in best_plans(rows, STEPS[0]):
         if row["share"] < 1:
             curve = [other for other in rows if curve_of(other) == curve_of(row)]
             shares = [point["share"] for point in curve]
@@ -858,7 +890,7 @@ def main(settings):
     stop = load_stop(settings, model)
     if settings.max_new_tokens is None:
         settings = dataclasses.replace(settings, max_new_tokens=stop.trained_limit())
-    out = Path(settings.out)
+    out = pathlib.Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     problems = load_problems(settings)[:settings.problems]
     records = stored_paths(
@@ -871,15 +903,25 @@ def run(model, stop, tokenizer, records, checkpoints, settings, out):
     """The whole study, in its folder."""
     pool = pool_of(model, stop, records, checkpoints, settings, out)
     if pool.rewards.min() == pool.rewards.max():
-        raise ValueError("data: found no problem with right and wrong paths, expected some: there is "
-                         "no gradient")
-    rows = study_gradients(pool, checkpoints, settings)
-    told = told_rows(rows)
+        raise ValueError("data: found no right path, or no wrong one, expected both: there is no "
+                         "gradient")
+    measurements = study_gradients(pool, checkpoints, settings)
+    everything = list(range(len(records)))
+    rows = [row_of(measured, measurements[0], everything) for measured in measurements]
+    best = best_plans(rows, STEPS[0])
     right = pool.rewards.mean().item()
-    text = (f"Gradients: {len(records)} problems, {settings.paths} paths each, {right:.3f} right, "
-            f"groups of {settings.group}, least pi {settings.least:g}\n\n{gradient_table(told)}\n\n"
-            "With perfect scores, the least variance x tokens of the reweighted forms (no pruning "
-            f"= 1):\n\n{perfect_table()}\n")
+    others = with_other_scores(rows, checkpoints[len(checkpoints) // 2])
+    text = "\n\n".join([
+        f"Gradients: {len(records)} problems, {settings.paths} paths each, {right:.3f} right, "
+        f"groups of {settings.group}, least pi {settings.least:g}. Each form at its best pi:",
+        gradient_table(best),
+        "With STOP's scores, with the same ones shuffled, and with the order turned round:",
+        gradient_table(others),
+        "Harder and easier problems:",
+        difficulty_table(by_difficulty(measurements, pool)),
+        "With perfect scores, the least variance x tokens of the reweighted forms (no pruning "
+        "is 1):",
+        perfect_table()]) + "\n"
     print(text, flush=True)
     write_table(out / "gradients.csv", flat_rows(rows))
     runs = []
@@ -899,7 +941,7 @@ def run(model, stop, tokenizer, records, checkpoints, settings, out):
     else:
         draw_figure(rows, runs, before, out / "rollouts.svg")
     result = {"out": settings.out, "problems": len(records)}
-    for row in best_rows(rows, STEPS[0]):
+    for row in best:
         result[row["form"]] = round(row[f"mse_{STEPS[0]}"].mean, 4)
     print(json.dumps(result))
 

@@ -250,7 +250,9 @@ def test_perfect_scores_gain_nothing_where_half_of_the_paths_are_right():
 def test_log_chances_of_a_padded_batch_are_each_paths_own():
     """Beside a pass of one path alone, and a softmax by hand."""
     model = random_model("qwen2")
-    paths = [Path(random_prompt(5), 0, random_prompt(9)), Path(random_prompt(3), 1, random_prompt(4))]
+    paths = [
+        Path(random_prompt(5), 0, random_prompt(9)),
+        Path(random_prompt(3), 1, random_prompt(4))]
     logp, number = rollouts.log_chances(model, paths, 0.7)
     for row, path in enumerate(paths):
         ids = path.prompt_ids + path.ids
@@ -369,8 +371,8 @@ def test_refitting_moves_the_stop_and_not_the_model(material):
 
 
 def test_the_script_as_it_is_typed(material, tmp_path, monkeypatch, capsys):
-    """Tables, points and the last line; typed again, it trains nothing again. (A random model has no
-    right path: every third stored one is called right.)"""
+    """Tables, points and the last line; typed again, it trains nothing again. (A random model has
+    no right path: every third stored one is called right.)"""
     folder = material[0]
     turns = itertools.count()
 
