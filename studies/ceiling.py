@@ -70,7 +70,9 @@ def successes(stored, checkpoint, settings, folder):
     folder.mkdir(parents=True, exist_ok=True)
     common = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Common)}
     how = train.Settings(**common, prefix=str(checkpoint), rollouts=settings.rollouts)
-    labels = train.roll_out(stored.model, stored.tokenizer, cuts, how, folder)
+    prompts = [record["prompt_ids"] for record in stored.records]
+    limit = train.require_room(stored.model, prompts, how)
+    labels = train.roll_out(stored.model, stored.tokenizer, cuts, limit, how, folder)
     by_prefix = {(label["id"], label["path"]): label["successes"] for label in labels}
     counts = []
     for record, group in zip(stored.records, groups):

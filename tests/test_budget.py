@@ -480,8 +480,8 @@ def test_the_study_from_its_command_line(monkeypatch, capsys, folder, tmp_path):
         monkeypatch, capsys, stop_script, *words, "--prompt", "0?", "--budget", 59)
     assert status == 2 and "found 59, expected at least 60" in err
     status, _, err = call_script(
-        monkeypatch, capsys, stop_script, *words, "--prompt", "0?", "--budget", 60, "--keep", 2)
-    assert status == 2 and "keep: found 2, expected none beside --budget" in err
+        monkeypatch, capsys, stop_script, *words, "--prompt", "0?", "--budget", 60, "--n", 7)
+    assert status == 2 and "n: found 7, expected none beside --budget" in err
 
 
 def test_without_a_plan_the_guideline_is_taken_and_said(monkeypatch, capsys, folder):
