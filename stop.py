@@ -440,7 +440,6 @@ def answer_prompt(model, stop, tokenizer, settings):
     seconds = time.perf_counter() - start
 
     finished = [path for path in paths if path.status in ("eos", "length")]
-    finished, _ = rank(finished, len(finished))  # of equal votes the answer of the best path wins
     answers = [answer_of(path) for path in finished]
     for path, answer in zip(finished, answers):
         print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "

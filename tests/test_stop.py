@@ -519,7 +519,7 @@ def test_what_the_script_says(checkpoint, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, message", (
     (["--prompt", "hi", "--score", "x.jsonl"], "found --prompt --score, expected --prompt, or"),
-    ([], "found --none, expected --prompt, or --score"),
+    ([], "found neither, expected --prompt, or --score"),
     (["--prompt", "hi", "--out", "x"], "found --prompt --out, expected"),
     (["--prompt", "hi", "--keep", "0"], "keep: found 0, expected more than 0"),
     (["--prompt", "hi", "--retention", "1.5"], "retention: found 1.5, expected a share in"),
