@@ -420,8 +420,8 @@ def ends_early(walk, whole):
     page.write("## A path that ends before the checkpoint")
     page.write(f"With the checkpoint at {late} tokens some paths have ended by then. Their rows "
                "have left the cache, so they are read again, whole, and scored; they compete for "
-               f"the {KEEP} places like the others. A kept one votes with the answer that it has; a "
-               "pruned one does not vote, although it has an answer.")
+               f"the {KEEP} places like the others. A kept one votes with the answer that it has; "
+               "a pruned one does not vote, although it has an answer.")
     ended = [path for path, length, _ in seen if length < late]
     scores = walk.stop.score(walk.model, [walk.prompt + path.ids for path in ended])
     rows = []
