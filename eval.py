@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from baselines import AGGREGATES, JUDGE, confidence, judge_scores, progress, redundancy
+from baselines import (
+    AGGREGATES, JUDGE, confidence, judge_scores, progress, redundancy, token_set_cover)
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.budget_plan import plan_for, read_plans
@@ -425,10 +426,14 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
         model, tokenizer, problems, out, settings.n, limit, sampling_of(settings), settings.batch)
 
     def score(problems, records):
-        scores = {"Jaccard (I)": redundancy(records, prefix)}
+        confidences = confidence(model, records, prefix, window)
+        chances = np.exp(confidences["mean log-probability (III)"])  # of a token, geometric mean
+        scores = {
+            "Jaccard (I)": redundancy(records, prefix),
+            "token set cover (I)": token_set_cover(records, prefix, chances)}
         if judge is not None:
             scores[JUDGE] = judge_scores(*judge, tokenizer, problems, records, prefix, aggregate)
-        scores |= confidence(model, records, prefix, window)
+        scores |= confidences
         prefixes = []
         for record in records:
             prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]

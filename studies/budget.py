@@ -10,6 +10,9 @@ vote is chosen among those whose tokens fit (the upper end of the mean's 95% int
 to avg, and reported on the other half, which took no part in the choice. Intervals: 95%, by
 bootstrap over problems of the mean over seeds.
 
+"Chosen from": plans of one check without branches; these and cascades of checks; plans of one
+check with or without branches; all plans, cascades that branch included.
+
 All plans are run for real, branches with noise of their own included; stretches that plans have in
 common are decoded once (forest.py). Tokens as the paper counts them: every decoded token, a shared
 prefix once. With --cost seconds a measured cost model takes their place:
@@ -19,9 +22,11 @@ prefix once. With --cost seconds a measured cost model takes their place:
 Beside the planner's choice: no pruning; the paper's default, 64 launched at STOP's usual
 checkpoint, 8 kept; the paper's guideline for the budget; minus entropy under the same planner; the
 ceiling (studies/ceiling.py) of plans of one check. Then, for two plans, how much hangs on the
-score. """
+score.
+"""
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import operator
@@ -206,10 +211,10 @@ def measure_costs(model, stop, prompts, n, limit, sampling):
         rate = decoding_rate(model, [prompt], count, limit, sampling)
         step_seconds.append(count / rate)
         cache, _ = prefill(model, [prompt] * count, stop.m)
-        check_seconds.append(time_of(lambda cache=cache: stop(model, cache)))
+        check_seconds.append(time_of(functools.partial(stop, model, cache)))
     per_row, step = np.polyfit(rows, step_seconds, 1).tolist()
     row, check = np.polyfit(rows, check_seconds, 1).tolist()
-    reading = time_of(lambda: prefill(model, [prompt]))
+    reading = time_of(functools.partial(prefill, model, [prompt]))
     return CostModel(reading, max(0.0, step), per_row, max(0.0, check), row)
 
 

@@ -17,7 +17,8 @@ takes the noise out:
 Prefixes that are equal have one q; each of their paths counts. Equal prefixes are rolled out once:
 their number says how much there is to choose from. STOP's and random's values are means of x / K
 over what they keep, which no choice has touched. `share`: of the way from random to the ceiling,
-how much STOP goes. Intervals: 95%, by bootstrap over problems. """
+how much STOP goes. Intervals: 95%, by bootstrap over problems.
+"""
 import contextlib
 import dataclasses
 import json
