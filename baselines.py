@@ -1,7 +1,7 @@
 """What STOP is measured against (paper, section 2): the pruning signals of types I, II and III.
 
 Type I looks at the text from outside, type II has a second model judge it, type III reads the
-model's own confidence. There is one function for each type. All take the records of
+model's own confidence. There is one function for each type, and two for type I. All take the records of
 `sample.sample_paths`, read the first `prefix` tokens of every path, and return one score a path,
 problem by problem: a higher score means keep. `eval.py` compares them with STOP (type IV).
 """
@@ -57,6 +57,36 @@ def redundancy(records, prefix):
             similarity = [len(own & other) / len(own | other) for other in others]
             scores.append(-max(similarity, default=0.0))
     return np.array(scores, float)
+
+
+def token_set_cover(records, prefix, confidences):
+    """Type I: a set of paths that covers all tokens, the confident ones first (arXiv 2508.03979).
+
+    Greedily, the next path taken is the one with the most confidence times new tokens:
+    i = argmax of c_i |S_i - (tokens of the paths taken)|    (S_i: the token ids in prefix i)
+    score_i = -(how many paths of the problem were taken before i)
+
+    The paper keeps what covers all tokens; for a fixed number of kept paths the cover starts anew,
+    among the paths not yet taken, when none of them has a new token. Ties go to the lower index.
+    confidences (paths,), positive, in the order of the paths. Returns (paths,) float64.
+    """
+    scores = np.zeros(len(confidences))
+    first = 0  # number of the problem's first path
+    for record in records:
+        sets = [set(path[:prefix]) for path in record["paths"]]
+        waiting = list(range(len(sets)))
+        covered = set()
+        for taken_before in range(len(sets)):
+            new = [len(sets[i] - covered) for i in waiting]
+            if max(new) == 0:
+                covered = set()
+                new = [len(sets[i]) for i in waiting]
+            gains = np.multiply(new, [confidences[first + i] for i in waiting])
+            taken = waiting.pop(int(np.argmax(gains)))
+            covered |= sets[taken]
+            scores[first + taken] = -taken_before
+        first += len(sets)
+    return scores
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import torch
 from helpers import (
     KINDS, random_ids, random_model, raw_config, write_checkpoint, write_tokenizer)
 
-from baselines import CONFIDENCES, confidence, judge_scores, redundancy
+from baselines import CONFIDENCES, confidence, judge_scores, redundancy, token_set_cover
 from model import load
 from plumbing.problems import Problem, instruction
 from plumbing.tokenizer import Tokenizer
@@ -35,6 +35,40 @@ def test_redundancy_is_minus_the_largest_jaccard_similarity():
         direct.append(-max(similarity))
     assert redundancy([record], 6) == pytest.approx(direct)
     assert len(set(direct)) > 2
+
+
+def test_a_token_set_cover_by_hand():
+    """Within the prefix; sets, not counts; confidence times what is new; a second cover of the
+    rest; problems apart; ties to the lower index."""
+    records = [
+        {"paths": [[1, 2, 3, 9], [1, 2, 4, 8], [5, 5, 5], [4, 3, 2]]},
+        {"paths": [[1], [1], [1, 2]]},
+    ]
+    confidences = np.array([0.5, 0.9, 0.8, 0.6, 0.9, 0.9, 0.2])
+    # The first problem: gains 1.5, 2.7, .8, 1.8: path 1. Then .5, -, .8, .6: path 2.
+    # Then .5 and .6 (token 3 alone is new): path 3. All is covered: path 0 is left.
+    # The second: .9, .9, .4: path 0. Then path 1 has nothing new, path 2 has: path 2, then path 1.
+    found = token_set_cover(records, 3, confidences)
+    assert found.tolist() == [-3, 0, -1, -2, 0, -2, -1]
+
+
+def test_a_token_set_cover_by_its_definition():
+    """Every turn takes a path that no other beats, by the tokens of the paths before it since the
+    last full cover."""
+    rng = np.random.default_rng(0)
+    paths = [rng.integers(0, 9, rng.integers(1, 9)).tolist() for _ in range(12)]
+    confidences = rng.random(12) + 0.1
+    scores = token_set_cover([{"paths": paths}], 6, confidences)
+    order = np.argsort(-scores).tolist()
+    assert sorted(-scores) == list(range(12))
+    seen = set()
+    for turn, taken in enumerate(order):
+        left = order[turn:]
+        if all(set(paths[i][:6]) <= seen for i in left):
+            seen = set()
+        gains = {i: confidences[i] * len(set(paths[i][:6]) - seen) for i in left}
+        assert gains[taken] == max(gains.values())
+        seen |= set(paths[taken][:6])
 
 
 # ---------------------------------------------------------------------------------------- type III
@@ -118,6 +152,7 @@ def test_confidence_holds_few_logits_at_once(monkeypatch):
 def test_no_records_have_no_scores():
     """As for a process without a problem to score, where problems are fewer than processes."""
     assert redundancy([], 5).shape == (0,)
+    assert token_set_cover([], 5, np.zeros(0)).shape == (0,)
     for scores in confidence(random_model("qwen2"), [], 5).values():
         assert scores.shape == (0,)
 
