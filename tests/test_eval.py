@@ -366,7 +366,8 @@ def test_the_report_file(pair, tmp_path):
     assert stored["versions"]["torch"] == torch.__version__
     assert "commit" in stored and stored["ids"] == ["a", "b", "c"]
     names = list(stored["rows"])
-    assert names == ["all 2", "random", "Jaccard (I)", *CONFIDENCES, "STOP (IV)"]
+    type_i = ["Jaccard (I)", "token set cover (I)"]
+    assert names == ["all 2", "random", *type_i, *CONFIDENCES, "STOP (IV)"]
     for name in names:
         average = report["rows"][name]["per_problem"]["avg"]
         assert stored["rows"][name]["per_problem"]["avg"] == average.tolist()
