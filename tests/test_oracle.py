@@ -674,6 +674,41 @@ def test_an_unknown_mistake_is_not_named(tmp_path, capsys, monkeypatch):
         assert "no known mistake" in text
 
 
+NEIGHBOURS = {
+    "the temperature squared": ("distribution", lambda args: (args[0], args[1] ** 2, *args[2:])),
+    "a floor that is not published": (
+        "distribution",
+        lambda args: (args[0], max(args[1], 0.02), *args[2:]),
+    ),
+    "half of top-k": ("distribution", lambda args: (*args[:2], args[2] // 2, args[3])),
+    "a seed of 24 bits": ("make_key", lambda args: (int(args[0]) % 2**24, *args[1:])),
+    "the seed plus one": ("make_key", lambda args: (int(args[0]) + 1, *args[1:])),
+    "the last 300 ids": ("make_key", lambda args: (args[0], args[1][-300:], args[2])),
+    "an index modulo 12": ("make_key", lambda args: (*args[:2], args[2] % 12)),
+    "every second number": ("make_number", lambda args: (args[0], 2 * args[1])),
+    "positions modulo 128": ("make_number", lambda args: (args[0], args[1] % 128)),
+}
+
+
+@pytest.mark.parametrize("what", NEIGHBOURS)
+def test_a_neighbour_of_a_known_mistake_is_not_named(tmp_path, capsys, monkeypatch, what):
+    """Mistakes like the published ones, but others: refused, and no wrong name is given."""
+    name, change = NEIGHBOURS[what]
+    right = getattr(port_numpy, name)
+
+    def wrong(*args):
+        return right(
+            *change(args[: 4 if name == "distribution" else 3 if name == "make_key" else 2])
+        )
+
+    monkeypatch.setattr(port_numpy, name, wrong)
+    rows = {"sampler": port_numpy.outputs("sampler")}
+    _, levels, report, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path, rows), "--cases", "sampler"
+    )
+    assert levels["sampler"] == "FAIL" and cause_of(report)[2] is None, text
+
+
 def test_the_check_is_blamed_only_where_the_paths_were_right(tmp_path, capsys, monkeypatch):
     """A run whose uninterrupted paths are wrong is not called a disturbed cache."""
     expected = published("qwen2")
