@@ -10,9 +10,12 @@ import glob
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from plumbing import processes
+
+LEFTOVER = re.compile(r".+\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)  # beside the file it was to be
 
 
 def read_json(path, raw=None, expected=dict):
@@ -213,7 +216,8 @@ def _cut_torn_line(file):
 @contextlib.contextmanager
 def locked(path):
     """Hold `path` (a run's folder, or a file) for this process alone, with a lock file beside or
-    in it. ValueError where another process holds it. A lock whose process has died is free."""
+    in it. ValueError where another process holds it. A lock whose process has died is free, and
+    what that process left half written is removed."""
     path = Path(path)
     lock = path / "lock" if path.is_dir() else Path(f"{path}.lock")
     with open(lock, "w") as file:
@@ -226,6 +230,19 @@ def locked(path):
                 f"{path}: another process is at work there: wait for it, or choose another "
                 "--out") from None
         try:
+            remove_leftovers(path)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def remove_leftovers(path):
+    """Remove the unfinished files of killed writers (`write_atomic`): in a run's folder and its
+    stop/, or beside a file."""
+    if path.is_dir():
+        found = [*path.glob("*.tmp"), *path.glob("stop/*.tmp")]
+    else:
+        found = path.parent.glob(f"{glob.escape(path.name)}.*.tmp")
+    for file in found:
+        if LEFTOVER.fullmatch(file.name) and not file.is_symlink():
+            file.unlink()

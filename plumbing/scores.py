@@ -6,6 +6,7 @@ prefix (a digest of the ids), dtype, model and stop (digests of weights), label,
 trace is a file LINE.safetensors of the [STOP] positions' states: `layers` (layers, m, hidden)
 after each decoder layer, `hidden` (m, hidden) after the norm.
 """
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -33,10 +34,13 @@ def score_file(prefixes, batches, check, chance, who, out=None, trace=None):
             "label": prefix.label})
     if trace is not None:
         Path(trace).mkdir(parents=True, exist_ok=True)
-    if out is None:
-        scores = _print_scores(prefixes, batches, check, chance, heads, who, trace)
-    else:
-        with locked(out):
+    with contextlib.ExitStack() as locks:
+        for path in (trace, out):
+            if path is not None:
+                locks.enter_context(locked(path))
+        if out is None:
+            scores = _print_scores(prefixes, batches, check, chance, heads, who, trace)
+        else:
             job = Job(out, digest(who), [who | head for head in heads])
             _require_traces(job, prefixes, trace)
             with job:
