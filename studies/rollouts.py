@@ -393,29 +393,44 @@ def measure(pool, plan, forms, settings):
     read = pool.lengths.clamp(max=plan.checkpoint)
     tokens = (read + chances * (pool.lengths - read)).mean(-1) * settings.group
 
-    variance = torch.zeros(len(forms), Q)
-    halves = torch.zeros(len(forms), 2, Q, SKETCH)
+    prefix = pool.prefix[plan.checkpoint]  # (Q, M, SKETCH)
+    rest = pool.whole - prefix
+    variance = torch.zeros(Q, len(forms))
+    halves = torch.zeros(Q, len(forms), 2, SKETCH)
     for _ in range(settings.rounds):
         groups = random_groups(Q, M, settings.group, generator)
-
-        def grouped(values):
-            return values.gather(1, groups.flatten(1)).view(groups.shape)
-
-        chance = grouped(chances)
-        coins = torch.rand(groups.shape, generator=generator)
-        kept = (coins < chance).float()
-        draw = Draw(grouped(pool.rewards), grouped(scores), chance, kept)
-        problem = torch.arange(Q)[:, None, None]
-        prefix = pool.prefix[plan.checkpoint][problem, groups]  # (Q, G, N, SKETCH)
-        rest = pool.whole[problem, groups] - prefix
-        for number, form in enumerate(forms):
+        draw = toss(groups, pool.rewards, scores, chances, generator)
+        on_prefix = []
+        on_rest = []
+        for form in forms:
             weights = form.weights(draw)
-            found = torch.einsum("qgn,qgnd->qgd", weights.prefix, prefix)
-            found += torch.einsum("qgn,qgnd->qgd", weights.rest, rest)
-            variance[number] += found.var(1).sum(-1) / settings.rounds
-            by_half = found.unflatten(1, (2, -1)).mean(2)  # (Q, 2, SKETCH)
-            halves[number] += by_half.transpose(0, 1) / settings.rounds
-    return [Measured(form, plan, variance[i], halves[i], tokens) for i, form in enumerate(forms)]
+            on_prefix.append(by_path(weights.prefix, groups, M))
+            on_rest.append(by_path(weights.rest, groups, M))
+        found = torch.cat(on_prefix, 1) @ prefix + torch.cat(on_rest, 1) @ rest
+        found = found.unflatten(1, (len(forms), -1))  # (Q, forms, groups, SKETCH)
+        variance += found.var(2).sum(-1) / settings.rounds
+        halves += found.unflatten(2, (2, -1)).mean(3) / settings.rounds
+    measured = []
+    for number, form in enumerate(forms):
+        own = halves[:, number].transpose(0, 1)
+        measured.append(Measured(form, plan, variance[:, number], own, tokens))
+    return measured
+
+
+def toss(groups, rewards, scores, chances, generator):
+    """The Draw of groups (Q, G, N) of path numbers; the others are (Q, M)."""
+    def grouped(values):
+        return values.gather(1, groups.flatten(1)).view(groups.shape)
+
+    coins = torch.rand(groups.shape, generator=generator)
+    own = grouped(chances)
+    return Draw(grouped(rewards), grouped(scores), own, (coins < own).float())
+
+
+def by_path(weights, groups, M):
+    """Weights (Q, G, N) of the paths of each group as weights (Q, G, M) of all paths."""
+    Q, G, _ = groups.shape
+    return torch.zeros(Q, G, M).scatter(2, groups, weights)
 
 
 def quality(measured, whole, chosen):
