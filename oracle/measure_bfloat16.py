@@ -32,7 +32,7 @@ def our_outputs(case):
 
 
 def measure(case, found):
-    """Of one implementation rows {row: {mean, largest}} and runs {number: {mean_gap, mean_score}}."""
+    """Of one implementation: rows {row: {mean, largest}}, runs {number: {mean_gap, mean_score}}."""
     expected = read_json(HERE / "vectors" / case.name / "expected.json")
     rows = {}
     for row in rounded.ROWS:
