@@ -8,6 +8,8 @@ N full paths of each problem are sampled once, graded and stored. Every scorer, 
 scores their prefixes, the best k of each problem are kept, and the kept paths are compared. The
 tokens of a path do not depend on which others are pruned: all scorers choose among the same paths.
 """
+import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
+
 import contextlib
 import dataclasses
 import json

@@ -8,6 +8,8 @@ row of the batch, nor the number of rows, nor who was pruned has a part in it.
 
 Letters: B rows, V vocabulary.
 """
+import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
+
 import collections
 import dataclasses
 import json

@@ -9,6 +9,8 @@ there, and a head on the last [STOP] position's final hidden state h_m:
 
     h = f([prefix; S]),  p = sigmoid(w h_m + b)  =  the chance that this path ends right   (eq. 4)
 """
+import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
+
 import contextlib
 import dataclasses
 import functools

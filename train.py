@@ -11,6 +11,8 @@ checkpoint is a prefix, and the share of its 32 continuations that end right is 
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
 A run that was killed goes on where it stopped, to the same labels and the same weights.
 """
+import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
+
 import contextlib
 import dataclasses
 import functools

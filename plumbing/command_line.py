@@ -13,11 +13,13 @@ import errno
 import functools
 import json
 import os
+import signal
 import sys
 import types
 
 import torch
 
+import plumbing
 from plumbing import processes
 
 KEPT = "finished records are kept: the same command takes them up"
@@ -191,6 +193,8 @@ def command_line(settings, main, recipe=None):
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
+    if signal.getsignal(signal.SIGINT) is plumbing.leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     resolved = None
     defaults = {}
     source = None

@@ -10,15 +10,20 @@ half the time and seldom notices, so the model learns to go wrong early and hard
 the situation of the paper's section 1. A right path is rare (about .5 ** 3), not the likeliest one,
 and not to be told by confidence alone.
 """
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the project's root
+import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
+
 import dataclasses
 import json
 import math
 import os
 import random
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -27,8 +32,6 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the project's root
 from model import Decoder, load
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import Config
