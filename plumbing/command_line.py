@@ -251,7 +251,8 @@ def stop_with(status, line):
     """End the program with one line on stderr, or none. Of what stdout still holds, what cannot be
     written is dropped."""
     with contextlib.suppress(OSError):
-        if line and (status != 130 or processes.is_first()):
+        alike = status == 130 or processes.count() == 1  # on every process, if there are several
+        if line and (processes.is_first() or not alike):
             print(line, file=sys.stderr, flush=True)
     try:
         flush_stdout()

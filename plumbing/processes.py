@@ -51,7 +51,10 @@ def rank():
 
 
 def is_first():
-    """Whether this process prints and writes what is printed and written once."""
+    """Whether this process prints and writes what is printed and written once. Known before
+    `start` too, so that a mistake in the flags is said once."""
+    if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
+        return os.environ["RANK"] == "0"
     return rank() == 0
 
 

@@ -36,7 +36,10 @@ def write_world(folder):
     library.save(str(folder / "tokenizer.json"))
     (folder / "recipe.json").write_text(json.dumps(RECIPE))
     for name, letters in (("train", "abcde"), ("test", "fgh")):
-        problems = [{"problem": f"{a} {b}", "answer": "1", "id": a} for a, b in zip(letters, "mno" * 2)]
+        problems = []
+        for name_of_one, other in zip(letters, "mnomn"):
+            problems.append({
+                "problem": f"{name_of_one} {other}", "answer": "1", "id": name_of_one})
         write_lines(folder / f"{name}.jsonl", problems)
     records = [{"prefix_token_ids": list(range(5, 7 + i)), "soft_label": i / 8, "id": f"p{i // 2}"}
                for i in range(8)]
