@@ -1,9 +1,10 @@
 """What STOP is measured against (paper, section 2): the pruning signals of types I, II and III.
 
 Type I looks at the text from outside, type II has a second model judge it, type III reads the
-model's own confidence. There is one function for each type, and two for type I. All take the records of
-`sample.sample_paths`, read the first `prefix` tokens of every path, and return one score a path,
-problem by problem: a higher score means keep. `eval.py` compares them with STOP (type IV).
+model's own confidence. There is one function for each type, and two for type I. All take the
+records of `sample.sample_paths`, read the first `prefix` tokens of every path, and return one
+score a path, problem by problem: a higher score means keep. `eval.py` compares them with STOP
+(type IV).
 """
 import dataclasses
 import operator

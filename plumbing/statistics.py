@@ -1,4 +1,4 @@
-"""Statistics of scores and of means over problems: ranks, AUROC, correlation, calibration, intervals.
+"""Statistics of scores and of means over problems: ranks, AUROC, calibration, intervals.
 
 None of it is the paper's; eval.py's table and train.py's validation print them.
 """

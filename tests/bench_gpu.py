@@ -95,8 +95,8 @@ def random_ids(count, length, vocab):
 
 
 def batch_at(bench, model, rows, length, limit=512):
-    """A Batch of `rows` paths of one short prompt whose cache claims `length` positions: zeros, which
-    are read as fast as others."""
+    """A Batch of `rows` paths of one short prompt whose cache claims `length` positions: zeros,
+    which are read as fast as others."""
     prompt = random_ids(1, 64, model.config.vocab_size)[0]
     paths = [SampledPath(prompt, index) for index in range(rows)]
     batch = Batch(model, paths, rows, length + limit, limit, Sampling(), eos_ids=())
@@ -200,7 +200,8 @@ def check(bench):
 
 @torch.inference_mode()
 def refill(bench):
-    """1.5B: 256 paths of very different lengths on 64 rows, with freed rows refilled and in waves."""
+    """1.5B: 256 paths of very different lengths on 64 rows, with freed rows refilled and in
+    waves."""
     model = bench.model(QWEN_1_5B)
     prompt = random_ids(1, 64, model.config.vocab_size)[0]
     limits = [32 + int(480 * (i * 0.618 % 1) ** 3) for i in range(256)]  # a long tail

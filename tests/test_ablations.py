@@ -205,7 +205,8 @@ def test_the_way_to_the_ceiling(tmp_path):
     reach = ablations.read_reach(file, records, 4, 5, 2)
     assert reach.share(0.55) == pytest.approx((0.55 - 0.3) / 0.5)
     write_ceiling(file, launched=6)
-    with pytest.raises(ValueError, match="ceiling.json: ceilings: found none, expected one at 4 of"):
+    message = "ceiling.json: ceilings: found none, expected one at 4 of"
+    with pytest.raises(ValueError, match=message):
         ablations.read_reach(file, records, 4, 5, 2)
 
 

@@ -2,7 +2,7 @@
 
     python toy/make.py                      # everything in this folder, about 12 minutes on 2 cores
     python toy/make.py --out /tmp/toy --seed 1
-    python toy/make.py --more 1000 --out runs   # runs/more.jsonl: further held-out problems, no model
+    python toy/make.py --more 1000 --out runs   # runs/more.jsonl: further held-out problems
 
 The task: count one person's things through 7 or 8 sentences, three of which are traps that readers
 misread ("gives 3 to each of 2 friends": 3 or 6?). The author of the corpus misreads a trap about
