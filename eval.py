@@ -117,9 +117,11 @@ def evaluate(problems, records, scorers, prefix, keep, reread=()):
     n = len(records[0]["paths"])
     shape = (len(records), n)
     for name, scores in scorers.items():
-        if np.isnan(scores).any():
-            problem = records[np.isnan(scores).argmax() // n]["id"]
-            raise ValueError(f"{name}: found nan, expected a score for each path of {problem}")
+        if not np.isfinite(scores).all():
+            place = np.isfinite(scores).argmin()
+            problem = records[place // n]["id"]
+            raise ValueError(
+                f"{name}: found {scores[place]}, expected a score for each path of {problem}")
 
     rows = {f"all {n}": worth(problems, records, np.ones(shape), prefix, keep=n)}
     for name, scores in scorers.items():

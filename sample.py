@@ -401,7 +401,8 @@ class Batch:
         tokens = []
         for part, numbers in zip(logits.split(block), noise.split(block)):
             tokens.append(choose(part, numbers, self.sampling))
-        self.pending = torch.cat(tokens)
+        finite = logits.sum(-1, dtype=torch.float32).isfinite()  # no NaN or infinity in a row
+        self.pending = torch.where(finite, torch.cat(tokens), logits.shape[-1])
         self.hidden = None
         self.drawn += 1
         self.steps += 1
@@ -413,7 +414,7 @@ class Batch:
         allowed."""
         if self.bar is not None:
             self.bar.update(len(self.live) - len(self.free))
-        if max(tokens) >= self.model.config.vocab_size:  # what `draw` gives where a row holds NaN
+        if max(tokens) >= self.model.config.vocab_size:  # what `_draw` gives for such a row
             raise ValueError("logits: found NaN or infinity, expected finite numbers (overflow in "
                              f"{self.cache.keys[0].dtype}, or damaged weights)")
         ended = []
