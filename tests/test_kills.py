@@ -1,5 +1,5 @@
-"""Kills and full disks that are placed, not timed: a run dies at its i-th touch of the disk (an open,
-a write that is cut in its middle, a sync, a rename, a truncation, a removal, a new folder), is
+"""Kills and full disks, placed, not timed: a run dies at its i-th touch of the disk (an open, a
+write cut in its middle, a sync, a rename, a truncation, a removal, a new folder), is
 started again, and must leave the same bytes as a run that nobody disturbed."""
 import builtins
 import errno
