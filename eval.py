@@ -26,7 +26,7 @@ from baselines import (
     AGGREGATES, JUDGE, confidence, judge_scores, progress, redundancy, token_set_cover)
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer
-from plumbing.budget_plan import plan_for, read_plans
+from plumbing.budget_plan import check_stages, plan_for, read_plans
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, command_line, option
 from plumbing.problems import read_problems
@@ -410,8 +410,7 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
 
     settings: these, or train.py's. out: a pathlib.Path. judge: its (Decoder, Tokenizer), or None.
     window, aggregate (judge_aggregate), verify: as in Settings. plan: a BudgetPlan to run, or None.
-    ValueError on a setting that cannot
-    be, before any path is sampled.
+    ValueError on a setting that cannot be, before any path is sampled.
     """
     if not problems:
         raise ValueError("problems: found 0, expected at least 1")
@@ -425,6 +424,8 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
     check_prompts(model, prompts, max(limit, min(limit, prefix) + stop.m))
     if verify and prefix >= limit:
         raise ValueError(f"prefix: found {prefix}, expected less than {limit} new tokens to verify")
+    if plan is not None:
+        check_stages(plan.stages, plan.n, limit)
 
     records = sample_paths(
         model, tokenizer, problems, out, settings.n, limit, sampling_of(settings), settings.batch)
