@@ -50,6 +50,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 try:
     import matplotlib.figure
@@ -66,7 +67,8 @@ from plumbing.problems import read_problems
 from plumbing.records import Job, digest, locked, write_atomic
 from sample import Batch, Path, generate, model_digest, open_model, prefill, sampling_of
 from shared import (
-    StopSettings, load_problems, load_stop, numbers, require, stored_paths, write_table)
+    StopSettings, load_problems, load_stop, numbers, path_lengths, require, stored_paths,
+    write_table)
 from stop import like_lengths, score_ended, score_live, stop_digest
 
 SKETCH = 512            # numbers that a gradient of all weights is folded to
@@ -91,19 +93,19 @@ class Settings(StopSettings):
     problems: int = option(32, "gradients: problems, the first of --data")
     paths: int = option(64, "gradients: paths a problem")
     group: int = option(16, "gradients: paths a group")
-    rounds: int = option(24, "gradients: random ways to form groups and to toss coins")
+    rounds: int = option(16, "gradients: random ways to form groups and to toss coins")
     least: float = option(0.1, "the least chance to be kept")
     train_prefix: int = option(40, "training: the checkpoint")
     train_share: float = option(0.5, "training: the share of the paths that is kept")
     train_group: int = option(8, "training: paths a group")
-    train_tokens: int = option(48_000, "training: tokens of a run; 0: no training")
+    train_tokens: int = option(40_000, "training: tokens of a run; 0: no training")
     step_tokens: int = option(4_000, "training: tokens of a step")
     lr: float = option(5e-4, "training: Adam's learning rate")
     refit_lr: float = option(1e-3, "training: AdamW's learning rate for a STOP that is refitted")
     seeds: int = option(3, "training: runs of each form")
     evaluations: int = option(3, "training: how often a run is evaluated")
     test_problems: int = option(64, "training: held-out problems, the last of --data")
-    test_paths: int = option(4, "training: paths of each of them")
+    test_paths: int = option(2, "training: paths of each of them")
     jobs: int = option(1, "training: runs at a time, each a process of one thread")
 
 
@@ -256,14 +258,20 @@ SHAPE_NAMES = {shape: name for name, shape in SHAPES.items()}
 def log_chances(model, paths, temperature):
     """(log p (B, T), number (B, T)) of Paths, right-padded: the log-probability of each token,
     and which new token of its path it is. Numbers below 0 are the prompt's; padding has -1."""
-    rows = [torch.tensor(path.prompt_ids + path.ids) for path in paths]
+    rows = []
+    first = []  # where the first new token is predicted
+    count = []  # new tokens
+    for path in paths:
+        rows.append(torch.tensor(path.prompt_ids + path.ids))
+        first.append(len(path.prompt_ids) - 1)
+        count.append(len(path.ids))
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     logits = model.logits(model(ids[:, :-1])).float() / temperature
     logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    first = torch.tensor([len(path.prompt_ids) - 1 for path in paths], device=ids.device)
-    count = torch.tensor([len(path.ids) for path in paths], device=ids.device)
-    number = torch.arange(logp.shape[1], device=ids.device) - first[:, None]
-    return logp, torch.where(number < count[:, None], number, -1)
+    first = torch.tensor(first, device=ids.device)[:, None]
+    count = torch.tensor(count, device=ids.device)[:, None]
+    number = torch.arange(logp.shape[1], device=ids.device) - first
+    return logp, torch.where(number < count, number, -1)
 
 
 class Sketch:
@@ -272,18 +280,17 @@ class Sketch:
 
     def __init__(self, model, seed):
         self.weights = list(model.parameters())
-        size = sum(weight.numel() for weight in self.weights)
+        self.size = parameters_to_vector(self.weights).numel()
         generator = torch.Generator().manual_seed(seed)
-        rows = -(-size // SKETCH)
+        rows = math.ceil(self.size / SKETCH)
         bits = torch.randint(2, (rows * SKETCH,), generator=generator)
-        self.signs = (bits * 2.0 - 1.0)
-        self.size = size
+        self.signs = bits * 2.0 - 1.0
 
     def __call__(self, value, retain=False):
         """The folded gradient (SKETCH,) of a number."""
         parts = torch.autograd.grad(value, self.weights, retain_graph=retain)
         flat = torch.zeros_like(self.signs)
-        flat[:self.size] = torch.cat([part.flatten() for part in parts]).cpu()
+        flat[:self.size] = parameters_to_vector(parts).cpu()
         return (flat * self.signs).view(-1, SKETCH).sum(0)
 
 
@@ -298,8 +305,8 @@ class Pool(NamedTuple):
 
 def pool_of(model, stop, records, checkpoints, settings, folder):
     """The Pool of the records of sample_paths; its gradients are stored in the folder."""
-    identity = digest(model_digest(model), checkpoints, settings.temperature, settings.seed, SKETCH,
-                      [record["paths"] for record in records])
+    identity = digest(
+        model_digest(model), records, checkpoints, settings.temperature, settings.seed, SKETCH)
     file = folder / f"gradients-{identity[:12]}.npy"
     if not file.is_file():
         content = io.BytesIO()
@@ -316,7 +323,7 @@ def pool_of(model, stop, records, checkpoints, settings, folder):
             prefixes += [record["prompt_ids"] + ids[:checkpoint] for ids in record["paths"]]
         scores[checkpoint] = stop.score(model, prefixes, batch=64).cpu().view(shape)
     rewards = torch.tensor([record["right"] for record in records], dtype=torch.float32)
-    lengths = torch.tensor([[len(ids) for ids in record["paths"]] for record in records])
+    lengths = torch.from_numpy(path_lengths(records))
     return Pool(rewards, lengths, scores, prefix, gradients[-1].view(*shape, SKETCH))
 
 
@@ -578,19 +585,31 @@ def roll_out(model, stop, tokenizer, problems, form, seed, settings):
         score_live(model, stop, batch)
         score_ended(model, stop, [path for path in paths if path.status != "running"])
     if form.prunes:
-        scores = torch.tensor([path.score for path in paths])
-        is_running = torch.tensor([path.status == "running" for path in paths])
-        wanted = keep_chances(form.shape, scores, settings.train_share, settings.least)
-        chances = torch.where(is_running, wanted, 1.0)
+        chances = chances_of(paths, form, settings)
         coins = torch.rand(len(paths), generator=torch.Generator().manual_seed(seed))
         kept = (coins < chances).float()
-        batch.prune([path for path, keep in zip(paths, kept.tolist()) if not keep])
+        batch.prune([paths[i] for i in (kept == 0).nonzero()])
     batch.decode(until=limit)
-    rewards = [is_right(path, problems[path.prompt_number], tokenizer) for path in paths]
-    scores = [0.0 if path.score is None else path.score for path in paths]
-    draw = Draw(torch.tensor(rewards).float().view(-1, N), torch.tensor(scores).view(-1, N),
+    rewards = []
+    scores = []
+    tokens = 0
+    for path in paths:
+        rewards.append(float(is_right(path, problems[path.prompt_number], tokenizer)))
+        scores.append(path.score or 0.0)  # no score: no form reads it
+        tokens += len(path.ids)
+    draw = Draw(torch.tensor(rewards).view(-1, N), torch.tensor(scores).view(-1, N),
                 chances.view(-1, N), kept.view(-1, N))
-    return Launched(paths, draw, sum(len(path.ids) for path in paths))
+    return Launched(paths, draw, tokens)
+
+
+def chances_of(paths, form, settings):
+    """The chance (paths,) of each to be kept. One that has ended is kept: it costs nothing more."""
+    scores = torch.tensor([path.score for path in paths])
+    chances = keep_chances(form.shape, scores, settings.train_share, settings.least)
+    for i, path in enumerate(paths):
+        if path.status != "running":
+            chances[i] = 1.0
+    return chances
 
 
 def is_right(path, problem, tokenizer):
@@ -624,11 +643,12 @@ def add_gradient(model, launched, form, settings):
 def refit(model, stop, optimizer, launched, settings):
     """One step of STOP on what the finished paths say: their outcomes are the labels, weighted by
     w = k / pi, so that the pruned are stood for."""
-    finished = [i for i, path in enumerate(launched.paths) if path.status != "pruned"]
+    finished = []
     prefixes = []
-    for i in finished:
-        path = launched.paths[i]
-        prefixes.append(path.prompt_ids + path.ids[:settings.train_prefix])
+    for i, path in enumerate(launched.paths):
+        if path.status != "pruned":
+            finished.append(i)
+            prefixes.append(path.prompt_ids + path.ids[:settings.train_prefix])
     labels = launched.draw.rewards.flatten()[finished]
     factors = 1 / launched.draw.chances.flatten()[finished]
     with torch.no_grad():
@@ -637,7 +657,7 @@ def refit(model, stop, optimizer, launched, settings):
     losses = torch.nn.functional.binary_cross_entropy_with_logits(
         logits, labels, weight=factors, reduction="sum")
     (losses / factors.sum()).backward()
-    torch.nn.utils.clip_grad_norm_(stop.parameters(), 1.0)
+    clip_grad_norm_(stop.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -677,7 +697,7 @@ def train_run(name, is_refitted, seed, settings):
         step_seed = settings.seed + 1000 * (seed + 1) + spent
         launched = roll_out(model, stop, tokenizer, chosen, form, step_seed, settings)
         add_gradient(model, launched, form, settings)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if is_refitted:
@@ -721,10 +741,9 @@ def study_training(model, stop, tokenizer, settings, folder):
     known = dataclasses.asdict(settings)
     for name in NO_PART_OF_TRAINING:
         del known[name]
-    problems = [dataclasses.asdict(problem) for problem in training_problems(settings)]
     tests = load_problems(settings)[-settings.test_problems:]
-    identity = digest(known, model_digest(model), stop_digest(stop), problems,
-                      [dataclasses.asdict(problem) for problem in tests])
+    problems = [dataclasses.asdict(problem) for problem in training_problems(settings) + tests]
+    identity = digest(known, model_digest(model), stop_digest(stop), problems)
     job = Job(folder / f"training-{identity[:12]}.jsonl", identity, training_heads(settings))
     todo = job.todo()
     fresh = multiprocessing.get_context("spawn")  # a fork would share torch's threads
@@ -790,11 +809,14 @@ def difficulty_table(halves):
 def perfect_table():
     """`with_perfect_scores` in Markdown."""
     shares = (0, 0.1, 0.2, 0.3, 0.5)
+    header = ["right paths"] + [f"prefix {share:g} of a path" for share in shares]
     rows = []
     for right in (0.5, 0.3, 0.2, 0.1, 0.05, 0.02):
-        values = [with_perfect_scores(right, share) for share in shares]
-        rows.append([f"{right:g}", *(f"{value:.2f}" for value in values)])
-    return markdown(["right paths", *(f"prefix {share:g} of a path" for share in shares)], rows)
+        row = [f"{right:g}"]
+        for share in shares:
+            row.append(f"{with_perfect_scores(right, share):.2f}")
+        rows.append(row)
+    return markdown(header, rows)
 
 
 def training_rows(records):
@@ -817,11 +839,10 @@ def training_table(records, before):
         last = ", ".join(f"{value:.3f}" for value in accuracies[:, -1])
         drift = f"{briers[0]:.3f} to {briers[-1]:.3f}"
         rows.append([name, f"{before:.3f}", *cells, last, "" if name == "whole group" else drift])
-    first = next(iter(training_rows(records).values()))
-    places = [f"{tokens:,}" for tokens in first[0]["tokens"]]
-    header = ["form", "before", *(f"about {place} tokens" for place in places), "each seed at last",
-              "STOP's (r - s)^2"]
-    return markdown(header, rows)
+    header = ["form", "before"]
+    for tokens in np.mean([record["tokens"] for record in records], 0):
+        header.append(f"about {round(tokens, -3):,.0f} tokens")
+    return markdown([*header, "each seed at last", "STOP's (r - s)^2"], rows)
 
 
 def curve_of(row):
