@@ -549,6 +549,7 @@ def make_plan(model, prompts, prefixes, tests, settings):
     labelling = settings.labels is None
     problems = len(prompts) if labelling else 0
     paths = problems * settings.paths + len(tests) * settings.n
+    memory.require_paths(max(paths, settings.rollouts))
     rows = memory.choose_rows(model, capacity, settings.batch)
     if processes.is_first():
         print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)

@@ -82,3 +82,24 @@ def run(script, folder, *words):
         stream.flush()
         texts.append(stream.buffer.getvalue().decode())
     return status, *texts
+
+
+def attempt(label, script, folder, *words):
+    """Run a script on input that may be bad -> (whether it was refused, its line). AssertionError
+    with the label unless it ends in a result without NaN, or with status 2 and one line."""
+    try:
+        status, out, err = run(script, folder, *map(str, words))
+    except Exception as error:
+        raise AssertionError(f"{label}: {type(error).__name__}: {error}") from error
+    if status == 0:
+        json.loads(out.splitlines()[-1], parse_constant=no_number)
+        return False, ""
+    lines = err.splitlines()
+    found = f"{label}: status {status}, {err[:2000]}"
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), found
+    assert len(lines[0]) < 1200 and lines[0].isprintable(), found
+    return True, lines[0]
+
+
+def no_number(name):
+    raise AssertionError(f"found {name} in a result")
