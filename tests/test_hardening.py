@@ -1,5 +1,5 @@
-"""What happens around a run: Ctrl-C, output that nobody takes, too little memory, a folder in use, a
-plain locale; and what README says about Python."""
+"""What happens around a run: Ctrl-C, output that nobody takes, too little memory, a folder in
+use, a plain locale; and what README says about Python."""
 import importlib.metadata
 import json
 import os
