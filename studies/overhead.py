@@ -265,7 +265,7 @@ def plan(settings, stop, prompt):
 def main(settings):
     """Measure, print the machine and the table, write overhead.json; the last line is JSON."""
     require_positive(settings, "n", "keep", "prefix", "rounds", "max_new_tokens")
-    require("threads", settings.threads >= 0, settings.threads, "at least 0")
+    require("threads", 0 <= settings.threads <= 1024, settings.threads, "0 to 1024")
     model, tokenizer = open_model(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -74,6 +74,8 @@ def check(settings):
         found = getattr(settings, name)
         if found < least:
             raise ValueError(f"{name}: found {found}, expected at least {least}")
+    if settings.threads > 1024:
+        raise ValueError(f"threads: found {settings.threads}, expected at most 1024")
 
 
 def try_folder(out):
