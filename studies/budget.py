@@ -382,12 +382,13 @@ def flat(name, value):
     return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
 
 
-def table(report, title):
-    """The report in Markdown; [low, high]: 95% interval over problems."""
+def table(report, title, base):
+    """The report in Markdown; [low, high]: 95% interval over problems. base: what `ahead` compares
+    with."""
     lines = [
         title, "",
         "| budget | chosen from | signal | plan | tokens | avg | cons | weighted | pass | "
-        "weighted, ahead of the default | ceiling of avg |",
+        f"weighted, ahead of {base} | ceiling of avg |",
         "|" + " --- |" * 11]
     for line in report:
         cells = ["" if line["budget"] is None else f"{line['budget']:g}", line["source"],
@@ -580,12 +581,12 @@ def write_report(folder, report, scores, problems, samplings):
     budget.svg."""
     title = (f"{problems} problems that took no part in the choice, {len(samplings)} seeds of "
              "paths; in brackets 95% intervals over problems")
-    text = table(report, title)
+    text = table(report, title, "the default")
     write_table(folder / "budget.csv", report)
     if scores:
         write_table(folder / "signals.csv", scores)
         title = f"The same plans under other signals, seed {samplings[0].seed}"
-        text += "\n\n" + table(scores, title)
+        text += "\n\n" + table(scores, title, "the first row")
     print(text)
     write_atomic(folder / "budget.md", text + "\n")
     if matplotlib is None:
