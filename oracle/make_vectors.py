@@ -177,6 +177,9 @@ def main(settings):
     out = Path(settings.out)
     known = [*cases.BY_NAME, *cases.MODEL_FREE]
     names = known if settings.cases is None else settings.cases.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"cases: found {name[:60]!r}, expected some of {', '.join(known)}")
     keys = None if settings.mistakes is None else settings.mistakes.split(",")
     for name in names if keys is None else ():
         if name == "sampler":

@@ -903,6 +903,7 @@ def check(settings):
     require_positive(settings, "problems", "paths", "group", "rounds", "least", "max_new_tokens",
                      "train_prefix", "train_share", "train_group", "step_tokens", "lr", "refit_lr",
                      "seeds", "evaluations", "test_problems", "test_paths", "jobs", "batch")
+    require("jobs", settings.jobs <= 1024, settings.jobs, "at most 1024")
     for name in ("group", "train_group", "problems"):
         value = getattr(settings, name)
         require(name, value >= 2, value, "at least 2")

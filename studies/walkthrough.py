@@ -85,6 +85,9 @@ class Walk:
         self.tokenizer = Tokenizer(folder)
         self.stop = Stop.load(settings.stop, self.model)
         problems = {problem.id: problem for problem in read_problems(ROOT / "toy" / "test.jsonl")}
+        if settings.question not in problems:
+            raise ValueError(f"question: found {settings.question[:60]!r}, expected the id of a "
+                             "problem in toy/test.jsonl")
         self.problem = problems[settings.question]
         self.prompt = self.tokenizer.ask(self.problem)
         self.checkpoint = self.stop.trained_for()[0]
