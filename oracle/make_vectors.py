@@ -181,6 +181,9 @@ def main(settings):
         if name not in known:
             raise ValueError(f"cases: found {name[:60]!r}, expected some of {', '.join(known)}")
     keys = None if settings.mistakes is None else settings.mistakes.split(",")
+    for key in keys or ():
+        if key not in mistakes.TITLES:
+            raise ValueError(f"mistakes: found {key[:60]!r}, expected keys of mistakes.py")
     for name in names if keys is None else ():
         if name == "sampler":
             inputs = cases.sampler_inputs()
