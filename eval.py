@@ -504,4 +504,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main)
+    command_line(Settings, main, shares_work=True)

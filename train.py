@@ -715,4 +715,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main, recipe)
+    command_line(Settings, main, recipe, shares_work=True)

@@ -67,7 +67,8 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints are one line, without the usage in front."""
 
     def error(self, message):
-        print(f"error: {one_line(message)} (see --help)", file=sys.stderr)
+        if processes.is_first():
+            print(f"error: {one_line(message)} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -186,10 +187,11 @@ def is_other_process(error):
     return processes.count() > 1 and isinstance(error, RuntimeError) and gone
 
 
-def command_line(settings, main, recipe=None):
+def command_line(settings, main, recipe=None, shares_work=False):
     """Run main(settings(...)). recipe(flags): (a dict of defaults that come before the
-    dataclass's, the file that they stand in). What a user can mend is one line on stderr: exit
-    status 2 for a mistake (ValueError, OSError) or too little memory, 130 for an interruption."""
+    dataclass's, the file that they stand in). shares_work: whether several processes of torchrun
+    may run this script side by side. What a user can mend is one line on stderr: exit status 2 for
+    a mistake (ValueError, OSError) or too little memory, 130 for an interruption."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
@@ -200,6 +202,10 @@ def command_line(settings, main, recipe=None):
     source = None
     try:
         flags = parse(settings)
+        if processes.launched() > 1 and not shares_work:
+            raise ValueError(
+                f"torchrun: found {processes.launched()} processes, expected 1: here each would do "
+                "all of the work")
         check_values(settings, flags)
         if recipe is not None:
             defaults, source = recipe(flags)

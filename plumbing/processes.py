@@ -45,6 +45,11 @@ def count():
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def launched():
+    """How many processes torchrun started, whether or not they have joined yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rank():
     """Which of them this one is, from 0; known before they have joined."""
     return int(os.environ["RANK"]) if "WORLD_SIZE" in os.environ else 0

@@ -627,4 +627,4 @@ def compare_signals(field, signal, choices, samplings, costs):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main)
+    command_line(Settings, main, shares_work=True)

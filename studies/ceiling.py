@@ -268,4 +268,4 @@ def strict_json(value, indent=None):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main)
+    command_line(Settings, main, shares_work=True)

@@ -162,6 +162,15 @@ def test_two_processes_of_torchrun_say_it_too(world, tmp_path):
     assert "Traceback" not in err.partition("torch/distributed")[0]
 
 
+@pytest.mark.parametrize("script", ["sample.py", "stop.py"])
+def test_what_cannot_share_its_work_is_refused_under_torchrun(script):
+    status, out, err = run_script(script, ["--prompt", "Q"], 2)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status != 0 and out == ""
+    assert len(lines) == 1 and "torchrun: found 2 processes, expected 1" in lines[0]
+    assert "Traceback" not in err.partition("torch/distributed")[0]
+
+
 # -------------------------------------------------------------------------------------- README
 
 
