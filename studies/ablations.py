@@ -7,12 +7,12 @@
 On the toy, at a late checkpoint, of 1,000 further problems:
 
     python toy/make.py --more 1000 --out runs
-    grep '"checkpoint": 80' runs/toy/labels.jsonl > runs/labels-80.jsonl
-    python studies/ablations.py --labels runs/labels-80.jsonl --test runs/more.jsonl --prefix 80 \
-        --only probe,scatr,step,tokens,otv,hard,k1,m1,m8,r4,ranking,set --seeds 0,1,2 \
+    python studies/ablations.py --test runs/more.jsonl --stored runs --prefix 80 \
+        --only probe,scatr,step,tokens,otv,hard,k1,m1,m8,r4,ranking,set,every --seeds 0,1,2 \
         --out runs/at-80 --ceiling runs/ceiling/ceiling.json
 
-    default   STOP as train.py trains it
+    default   STOP as train.py trains it for one checkpoint
+    every     one STOP for all checkpoints of the labels, as train.py trains it for several
     probe     linear head on the prefix's last state
     tokens    no LoRA: [STOP] tokens and head only (Table 4)
     scatr     Linear-ReLU-Linear on the last token's state behind the last layer but one (SCATR,
@@ -32,9 +32,10 @@ Single rollouts are not stored, so those of kN are drawn from a prefix's success
 replacement, by the seed. An outcome label is k1's: whether one continuation ended right, which the
 path that the prefix was cut from also is. A variant is trained and validated on its own labels.
 A step ends at a token with a blank line in it, or at the toy's <nl>.
-What is finished is read from the out folder. Test paths are cut at the first checkpoint of
---prefix. Of train.py's flags those that shape labels (data, paths, rollouts, ...) have no effect
-here.
+Test paths are cut at the first checkpoint of --prefix, and all variants but `every` are trained on
+the labels of that checkpoint (labels that name none count as such). What is finished is read from
+the out folder. Of train.py's flags those that shape labels (data, paths, rollouts, ...) have no
+effect here.
 """
 import dataclasses
 import functools
@@ -103,6 +104,7 @@ class Variant:
     head: str | None = None      # probe, scatr or step: a head on the path's states, without [STOP]
     ranking: bool = False        # whether its loss also looks at pairs within a problem
     among: bool = False          # whether its score depends on the problem's other prefixes
+    every: bool = False          # whether it is trained on the labels of all checkpoints
 
 
 NAMED = {
@@ -114,7 +116,8 @@ NAMED = {
     "otv": Variant(changes={"m": 1}, rollouts=1),
     "hard": Variant(rounded=True),
     "ranking": Variant(ranking=True),
-    "set": Variant(among=True)}
+    "set": Variant(among=True),
+    "every": Variant(every=True)}
 
 
 def read_variant(name):
@@ -467,7 +470,7 @@ class Study:
     model: Decoder
     tokenizer: Tokenizer
     file: Path        # of the labels
-    examples: list    # of train.Example, in the order of the file
+    examples: list    # of train.Example, in the order of the file: of all checkpoints
     tests: list       # of Problem
     records: list     # of sample.sample_paths: the tests' paths
     checkpoint: int   # where these are cut, in new tokens
@@ -484,6 +487,11 @@ class Study:
                 about[key] = value
         return about
 
+    def at_checkpoint(self, examples):
+        """Of examples in the order of the file those at this study's checkpoint."""
+        return [example for example in examples
+                if example.checkpoint in (None, self.checkpoint)]
+
     def folder(self, name, seed):
         """Where a variant lies once it is trained."""
         return self.out / f"{name}-{seed}"
@@ -496,7 +504,8 @@ class Study:
     @functools.cached_property
     def states(self):
         """The States of the training prefixes."""
-        return read_states(self.model, texts_of(self.examples), self.marks)
+        return read_states(
+            self.model, texts_of(self.at_checkpoint(self.examples)), self.marks)
 
     @functools.cached_property
     def test_states(self):
@@ -518,6 +527,8 @@ def train_variant(study, identity, name, seed):
         examples = relabel(examples, study.file, variant.rollouts, seed)
     if variant.rounded:
         examples = round_labels(examples)
+    if not variant.every:
+        examples = study.at_checkpoint(examples)
 
     if variant.head is not None or variant.among:
         settings = dataclasses.replace(
@@ -790,8 +801,11 @@ def open_study(settings, names):
     for record in records:
         prefixes += [record["prompt_ids"] + path[:checkpoint] for path in record["paths"]]
     out = Path(settings.out or file.parent / "ablations")
-    return Study(
+    study = Study(
         settings, model, tokenizer, file, examples, tests, records, checkpoint, prefixes, out)
+    if not study.at_checkpoint(examples):
+        raise ValueError(f"{file}: checkpoint: found no record of {checkpoint}, expected some")
+    return study
 
 
 def main(settings):
@@ -813,7 +827,8 @@ def main(settings):
         rows = compare(study, identity, names, seeds)
         title = (
             f"{len(study.tests)} problems, {settings.n} paths each, checkpoint {study.checkpoint}, "
-            f"{len(study.examples)} training prefixes, seeds {settings.seeds}; "
+            f"{len(study.at_checkpoint(study.examples))} training prefixes, "
+            f"seeds {settings.seeds}; "
             "[low, high]: 95% bootstrap over problems")
         text = f"{title}\n\n{table(rows, settings.n, settings.keep, reach)}"
         if reach is not None:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 import ablations
 import train
 from eval import interval
+from model import load
 from plumbing.tokenizer import Tokenizer
 from stop import Stop
 from train import Example
@@ -237,3 +238,54 @@ def test_the_new_variants_as_typed(folder, tmp_path, monkeypatch, run):
     assert len(scores) == 10  # no variant is another one
     (tmp_path / "ceiling.json").write_text("{}")
     check_refusal(run(ablations, *argv), "ceilings: found none")
+
+
+# One STOP for several checkpoints
+
+
+def trained_tokens(run, folder, labels, out, only):
+    """The [STOP] tokens of variants trained on a file of labels at checkpoint 4, by name."""
+    outcome = run(
+        ablations, "--model", folder, "--labels", labels, "--stored", out, "--out", out / "out",
+        "--prefix", "4,9", "--max-new-tokens", 12, "--n", 5, "--keep", 2, "--rank", 2, "--m", 3,
+        "--epochs", 2, "--lr", 0.05, "--batch-size", 4, "--accumulation", 1, "--validation", 0.3,
+        "--head-epochs", 2, "--temperature", 2.0, "--only", only)
+    assert outcome.status == 0, outcome.err
+    model = load(folder)
+    tokens = {}
+    for stop in (out / "out").glob("*/stop"):
+        tokens[stop.parent.name] = Stop.load(stop, model).tokens
+    return tokens
+
+
+def test_only_every_sees_the_labels_of_other_checkpoints(folder, tmp_path, run):
+    """Trained on a file with labels at 4 and 9: the same as on a file with those at 4 alone; but
+    `every` is what the default is on a file whose labels name no checkpoint."""
+    files = {name: tmp_path / name for name in ("mixed", "alone", "nameless", "late")}
+    lines = {name: [] for name in files}
+    for i, line in enumerate((folder / "labels.jsonl").read_text().splitlines()):
+        record = json.loads(line)
+        checkpoint = 9 if i % 3 == 0 else 4
+        marked = json.dumps(record | {"checkpoint": checkpoint}) + "\n"
+        lines["nameless"].append(line + "\n")
+        lines["mixed"].append(marked)
+        lines["late" if checkpoint == 9 else "alone"].append(marked)
+    for name, file in files.items():
+        file.write_text("".join(lines[name]))
+
+    found = {}
+    for name, only in (("mixed", "every,probe,step,set"), ("alone", "probe,step"),
+                       ("nameless", "probe")):
+        found[name] = trained_tokens(run, folder, files[name], tmp_path / f"by-{name}", only)
+    assert torch.equal(found["mixed"]["default-0"], found["alone"]["default-0"])
+    assert torch.equal(found["mixed"]["every-0"], found["nameless"]["default-0"])
+    assert not torch.equal(found["mixed"]["every-0"], found["mixed"]["default-0"])
+    for head in ("probe-0", "step-0"):
+        scores = []
+        for name in ("mixed", "alone"):
+            content = (tmp_path / f"by-{name}" / "out" / head / "scores").read_bytes()
+            scores.append(content[-5 * 6 * 4:])  # float32, 5 paths of 6 problems
+        assert scores[0] == scores[1]
+    outcome = run(ablations, "--model", folder, "--labels", files["late"], "--stored", tmp_path,
+                  "--prefix", 4, "--max-new-tokens", 12, "--n", 5, "--keep", 2, "--only", "probe")
+    check_refusal(outcome, "late: checkpoint: found no record of 4, expected some")
