@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import time
@@ -200,6 +201,15 @@ def retention(budget, prefix, task):
     return min(1.0, L_task ** 4.55 / (1.17e4 * C ** 0.46 * L_prefix ** 0.40))
 
 
+def by_guideline(budget, prefix, task, most=math.inf):
+    """(paths launched, paths kept) by the guideline for a budget, in tokens: as many paths as it
+    pays for, all up to the prefix and the kept ones up to a usual response; 2 to `most`."""
+    share = retention(budget, prefix, task)
+    tokens_a_path = prefix + share * max(0, task - prefix)
+    launched = min(max(2, int(budget / tokens_a_path)), most)
+    return launched, max(1, round(share * launched))
+
+
 @torch.inference_mode()
 def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, cascade=None,
                         max_new_tokens=16384, temperature=0.6, top_k=40, top_p=0.95, seed=0,
@@ -214,8 +224,9 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
     With branch = b each kept path that still runs goes on as b paths (an ended one is never
     revived); new paths stand behind the n. answer_of(path): its answer of this kind, or None; with
     it, decoding stops as soon as no running path can change the vote (`is_decided`), and those
-    that still ran are "decided". on_check(checkpoint, paths, kept) is called after each check; bar
-    counts tokens. Raises ValueError on stages that cannot be."""
+    that still ran are "decided". on_check(checkpoint, checked, kept) is called after each check
+    with the paths that it scored and those that go on, new ones included; bar counts tokens.
+    Raises ValueError on stages that cannot be."""
     sampling = Sampling(temperature, top_k, top_p, seed)
     stages = [Stage(*stage) for stage in cascade or [(prefix, keep, branch)]]
     check_stages(stages, n, max_new_tokens)
@@ -232,13 +243,14 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
         batch.decode(until=stage.checkpoint)     # Launch: all paths up to the checkpoint
         score_live(model, stop, batch)           # Check: [STOP] on the cache, which stays as it was
         score_ended(model, stop, running)        #        ended paths have left it: prefilled again
-        alive, pruned = rank(alive, stage.keep)
+        checked = alive
+        alive, pruned = rank(checked, stage.keep)
         batch.prune(pruned)                      # Resume: the best go on, other rows are freed
         new_paths = batch.resume(stage.branch, capacity)
         alive += new_paths
         paths += new_paths
         if on_check is not None:
-            on_check(stage.checkpoint, paths, alive)
+            on_check(stage.checkpoint, checked, alive)
     if answer_of is not None:
         batch.on_end = stop_when_decided(batch, alive, answer_of, kind)
         batch.on_end(None)  # those that have ended already may decide it
@@ -330,6 +342,9 @@ def stop_when_decided(batch, paths, answer_of, kind):
 # ----------------------------------------------------------------------------------- command line
 
 
+LAUNCHED = 64  # paths, where neither --n nor --budget says
+
+
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python stop.py` can be told."""
@@ -342,13 +357,16 @@ class Settings(Common):
         None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
     stop: str | None = option(
         None, "folder of the trained STOP (default: stop/ in the model's directory)")
-    n: int = option(64, "paths launched")
+    n: int | None = option(
+        None, "paths launched (default: 64, or as many as --budget pays for)")
     keep: int | None = option(None, "paths resumed (default: an eighth)")
     retention: float | None = option(None, "paths resumed, as a share of n")
     budget: int | None = option(
         None, "all tokens to spend: by the plan for them in STOP's plan.json; where there is none, "
-        "the retention comes from the paper's guideline")
-    task_length: int = option(8650, "tokens of a usual response, for the guideline")
+        "by the paper's guideline")
+    task_length: int | None = option(
+        None, "tokens of a usual response, for the guideline (default: 8650, as in the paper, or "
+        "the limit of a path where that is less)")
     prefix: int | None = option(
         None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
     cascade: str | None = option(
@@ -388,27 +406,37 @@ def by_plan(settings, stop):
             raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the "
                              f"plan in {folder} has its own")
     plan = plan_for(plans, settings.budget, folder)
-    print(f"plan for {plan.budget} tokens: {plan}; about {plan.expected['tokens']:.0f} tokens")
+    print(f"plan for {plan.budget} tokens, the largest listed that {settings.budget} allows: "
+          f"{plan}; about {plan.expected['tokens']:.0f} tokens")
     cascade = ",".join(map(str, plan.stages))
     return dataclasses.replace(settings, n=plan.n, cascade=cascade, budget=None)
 
 
-def paths_to_keep(settings, prefix):
-    """How many paths a run resumes: --keep, --retention, the guideline for --budget, or an
-    eighth."""
+def paths_of(settings, prefix, limit):
+    """(paths launched, paths resumed) of a run: --n and --keep or --retention, by default 64 and an
+    eighth; or the guideline's for --budget."""
+    launched = LAUNCHED if settings.n is None else settings.n
     if settings.keep is not None:
-        return settings.keep
+        return launched, settings.keep
     share = 1 / 8 if settings.retention is None else settings.retention
     if settings.budget is not None:
-        share = retention(settings.budget, prefix, settings.task_length)
-        print(f"guideline: keep {share:.4f} of the paths (1 / {1 / share:.2f})")
-    return max(1, round(settings.n * share))
+        task = min(8650, limit) if settings.task_length is None else settings.task_length
+        share = retention(settings.budget, prefix, task)
+        if settings.n is None:
+            launched, _ = by_guideline(settings.budget, prefix, task)
+        print(f"guideline: keep {share:.4f} of {launched} paths (1 / {1 / share:.2f}), for usual "
+              f"responses of {task} tokens")
+    return launched, max(1, round(launched * share))
 
 
-def show_check(checkpoint, paths, kept):
+def show_check(checkpoint, checked, kept):
     """Print the scores of one check, the best first."""
-    tqdm.write(f"check at {checkpoint} tokens: {len(kept)} paths go on")
-    for path in sorted(paths, key=lambda path: -path.score):
+    names = {path.name for path in checked}
+    new_paths = [path for path in kept if path.name not in names]
+    stay = len(kept) - len(new_paths)
+    branches = f", and {len(new_paths)} new branches" if new_paths else ""
+    tqdm.write(f"check at {checkpoint} tokens: {stay} of {len(checked)} paths stay{branches}")
+    for path in sorted(checked, key=lambda path: -path.score):
         tqdm.write(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
 
 
@@ -420,7 +448,7 @@ def answer_prompt(model, stop, tokenizer, settings):
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
-    keep = paths_to_keep(settings, prefix)
+    n, keep = paths_of(settings, prefix, limit)
     cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
 
     start = time.perf_counter()
@@ -430,13 +458,13 @@ def answer_prompt(model, stop, tokenizer, settings):
     def answer_of(path):
         return extract_answer(tokenizer.completion(path.ids), settings.kind)
 
-    def on_check(checkpoint, paths, kept):
-        show_check(checkpoint, paths, kept)
+    def on_check(checkpoint, checked, kept):
+        show_check(checkpoint, checked, kept)
         checks.append((checkpoint, len(kept)))
 
-    with token_bar("paths", settings.n * limit) as bar:
+    with token_bar("paths", n * limit) as bar:
         paths = launch_check_resume(
-            model, stop, prompt_ids, settings.n, keep, prefix, cascade, limit, **sampling,
+            model, stop, prompt_ids, n, keep, prefix, cascade, limit, **sampling,
             branch=settings.branch, answer_of=answer_of if settings.decide else None,
             kind=settings.kind, bar=bar, on_check=on_check)
     seconds = time.perf_counter() - start
@@ -448,12 +476,13 @@ def answer_prompt(model, stop, tokenizer, settings):
               f"score {path.score:.4f}): {answer}")
     spent = sum(len(path.ids) - path.inherited for path in paths)
     # what n paths would have taken, had each become as long as the kept ones are on average
-    unpruned = settings.n * sum(len(path.ids) for path in finished) / len(finished)
+    unpruned = n * sum(len(path.ids) for path in finished) / len(finished)
     saved = 1 - spent / unpruned
     if settings.picture is not None:
         run = picture.record(
             settings.prompt, paths, checks, tokenizer, answer_of, saved, settings.kind)
         picture.write(settings.picture, run)
+        print(f"wrote {settings.picture}")
     majority = vote(answers, kind=settings.kind)
     weighted = vote(answers, [path.score for path in finished], settings.kind)
     print(f"answer by score: {weighted}; by majority: {majority}")
@@ -462,7 +491,7 @@ def answer_prompt(model, stop, tokenizer, settings):
         "majority": majority,
         "kept": sum(path.status != "pruned" for path in paths),
         "decided_early": sum(path.status == "decided" for path in paths),
-        "n": settings.n,
+        "n": n,
         "tokens": spent,
         "tokens_saved_estimate": round(saved, 4),
         "seconds": round(seconds, 3)}))
@@ -543,7 +572,8 @@ def check(settings):
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
     if settings.cascade is not None:
-        check_stages(parse_cascade(settings.cascade), settings.n)
+        launched = LAUNCHED if settings.n is None else settings.n
+        check_stages(parse_cascade(settings.cascade), launched)
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")

@@ -4,7 +4,7 @@
     python train.py                                             # the embedded toy, end to end
     python train.py --model M --data problems.jsonl --out DIR   # on your model and problems
     python train.py --model M --labels labels.jsonl --out DIR   # on labels that exist
-    torchrun --nproc-per-node 8 train.py --model M ...          # the same on eight GPUs
+    torchrun --nproc-per-node 8 -- train.py --model M ...       # the same on eight GPUs
 
 Supervision: 32 paths a problem; problems with 4 to 28 right ones stay. Each path cut at the
 checkpoint is a prefix, and the share of its 32 continuations that end right is its soft label.

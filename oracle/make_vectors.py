@@ -108,14 +108,11 @@ def find_seed(model, stop, run, vocab):
         inputs = cases.run_inputs(run, seed, vocab)
         checks = []
 
-        def record(checkpoint, paths, kept):
+        def record(checkpoint, checked, kept):
             stayed = [path.score for path in kept]
-            left = [path.score for path in paths if path.status == "pruned"
-                    and path not in before]
-            before.extend(path for path in paths if path.status == "pruned")
+            left = [path.score for path in checked if path.status == "pruned"]
             checks.append(SimpleNamespace(stayed=stayed, left=left))
 
-        before = []
         with reference.without_head(stop, run.zero_head):
             paths = launch_check_resume(
                 model, stop, inputs["prompt_ids"], run.n, cascade=run.stages, on_check=record,

@@ -456,6 +456,12 @@ def list_shards(folder):
     return [folder / name for name in names]
 
 
+def require_memory(error):
+    """Raise MemoryError if a reader failed for want of memory: its file may be whole."""
+    if "allocate memory" in str(error):
+        raise MemoryError(str(error)) from None
+
+
 def list_tensors(folder):
     """{tensor name: StoredTensor} of a checkpoint, from its files' headers alone."""
     stored = {}
@@ -463,6 +469,7 @@ def list_tensors(folder):
         try:
             opened = safe_open(file, framework="pt")
         except Exception as error:  # SafetensorError, OSError; other versions raise others
+            require_memory(error)
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
         for name in opened.keys():
             if name in stored:
@@ -580,6 +587,7 @@ def read_tensors(file, *names):
             found = torch.load(file, "cpu", weights_only=True)
         return {name: torch.as_tensor(found[name]) for name in names or found}
     except Exception as error:  # of a broken file the readers raise nearly anything
+        require_memory(error)
         reason = str(error).partition("\n")[0]
         wanted = " and ".join(names)
         raise ValueError(f"{file}: not a whole file of tensors {wanted}: {reason}") from None

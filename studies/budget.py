@@ -54,7 +54,7 @@ from plumbing.command_line import command_line, option, require_choice, require_
 from plumbing.records import locked, read_json, write_atomic
 from sample import check_prompts, decoding_rate, generate, open_model, prefill, room, sampling_of
 from shared import StopSettings, load_problems, load_stop, numbers, require, write_table
-from stop import retention, stop_digest, stop_folder
+from stop import by_guideline, stop_digest, stop_folder
 
 LAUNCHED = (6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64)
 ENDINGS = (  # (keep, branch) of an only check
@@ -163,14 +163,6 @@ def in_family(plan, family):
     if family == "branching":
         return len(plan.stages) == 1
     return True
-
-
-def by_guideline(budget, prefix, usual, n):
-    """The plan of the paper's guideline for a budget: its retention of as many paths as it buys."""
-    share = retention(budget, prefix, usual)
-    launched = int(budget / (prefix + share * (usual - prefix)))
-    launched = min(max(launched, 2), n)
-    return Plan(launched, (Stage(prefix, max(1, round(share * launched))),))
 
 
 def without_pruning(budget, usual, n):
@@ -311,7 +303,8 @@ def references(settings, budgets, prefix, usual):
         Choice(None, "paper's default", "STOP", Plan(settings.n, (Stage(prefix, settings.keep),)))]
     for budget, tokens in zip(budgets.asked, budgets.tokens):
         whole = without_pruning(tokens, usual, settings.n)
-        guided = by_guideline(tokens, prefix, usual, settings.n)
+        launched, kept = by_guideline(tokens, prefix, usual, settings.n)
+        guided = Plan(launched, (Stage(prefix, kept),))
         choices.append(Choice(budget, "no pruning", "STOP", whole))
         choices.append(Choice(budget, "paper's guideline", "STOP", guided))
     return choices

@@ -61,7 +61,7 @@ def run_of(model, tokenizer, stop, problem, settings):
     def answer_of(path):
         return extract_answer(tokenizer.completion(path.ids), problem.kind)
 
-    def on_check(checkpoint, paths, kept):
+    def on_check(checkpoint, checked, kept):
         checks.append((checkpoint, len(kept)))
 
     paths = launch_check_resume(

@@ -413,8 +413,8 @@ def ends_early(walk, whole):
     late = min(len(path.ids) for path in whole) + 1
     seen = []
 
-    def on_check(checkpoint, paths, kept):
-        for path in paths:
+    def on_check(checkpoint, checked, kept):
+        for path in checked:
             seen.append((path, len(path.ids), path in kept))
 
     launch_check_resume(

@@ -23,7 +23,7 @@ from plumbing.budget_plan import (
 from plumbing.problems import Problem, read_problems
 from plumbing.tokenizer import Tokenizer
 from sample import Sampling, generate
-from stop import Stop, launch_check_resume, retention, stop_digest, vote
+from stop import Stop, by_guideline, launch_check_resume, retention, stop_digest, vote
 
 sys.path.insert(0, str(ROOT / "studies"))
 import budget
@@ -328,10 +328,11 @@ def test_the_grid_keeps_to_the_tokens():
 def test_the_guideline_spends_the_budget():
     """Worked with a retention that keeps several: N paths of the prefix and gamma N of the rest."""
     share = retention(158 * 1024, 2048, 8650)
-    plan = budget.by_guideline(158 * 1024, 2048, 8650, 1000)
-    spent = plan.n * 2048 + plan.stages[0].keep * (8650 - 2048)
-    assert spent == pytest.approx(158 * 1024, rel=0.03)
-    assert plan.stages[0].keep == round(share * plan.n)
+    launched, kept = by_guideline(158 * 1024, 2048, 8650)
+    assert launched * 2048 + kept * (8650 - 2048) == pytest.approx(158 * 1024, rel=0.03)
+    assert kept == round(share * launched)
+    assert by_guideline(158 * 1024, 2048, 8650, 10) == (10, 1)
+    assert by_guideline(300, 2048, 8650) == (2, 2)
     assert budget.without_pruning(1000, 120, 64) == Plan(8, ())
 
 
@@ -474,7 +475,8 @@ def test_the_study_from_its_command_line(monkeypatch, capsys, folder, tmp_path):
         "--max-new-tokens", 24)
     assert status == 0, err
     plan = content["plans"][0]
-    assert f"plan for 60 tokens: {plan['n']} paths, {plan['stages']}" in printed
+    assert "plan for 60 tokens, the largest listed that 119 allows" in printed
+    assert f": {plan['n']} paths, {plan['stages']};" in printed
     assert json.loads(printed.splitlines()[-1])["n"] == plan["n"]
     status, _, err = call_script(
         monkeypatch, capsys, stop_script, *words, "--prompt", "0?", "--budget", 59)
@@ -490,6 +492,15 @@ def test_without_a_plan_the_guideline_is_taken_and_said(monkeypatch, capsys, fol
         "--budget", 100, "--task-length", 24, "--max-new-tokens", 24)
     assert status == 0, err
     assert "no plan.json in" in printed and "guideline: keep" in printed
+    assert json.loads(printed.splitlines()[-1])["n"] == 8
+    for budget_asked in (100, 300):
+        status, printed, err = call_script(
+            monkeypatch, capsys, stop_script, "--model", folder, *FLAGS, "--prompt", "0?",
+            "--budget", budget_asked, "--prefix", 4, "--max-new-tokens", 24)
+        assert status == 0, err
+        last = json.loads(printed.splitlines()[-1])
+        assert last["n"] == by_guideline(budget_asked, 4, 24)[0]  # the limit is the usual length
+        assert last["tokens"] <= budget_asked
     status, _, err = call_script(
         monkeypatch, capsys, evaluation, "--model", folder, *FLAGS, "--n", 8, "--keep", 2,
         "--budget", 100)

@@ -1092,3 +1092,17 @@ def test_a_released_tensor_is_matched_with_its_own_file(released):
     for name, file in (("tokens", TOKEN), ("head.bias", HEAD)):
         with pytest.raises(ValueError, match=f"{file}: {name}: found shape"):
             match(saved, shapes | {name: (99,)})
+
+
+def test_want_of_memory_is_not_a_broken_file(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "it", raw_config("qwen2"))
+
+    def refuse(*arguments, **settings):
+        raise OSError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    monkeypatch.setattr(checkpoint, "load_file", refuse)
+    with pytest.raises(MemoryError):
+        read(folder)
+    with pytest.raises(MemoryError):
+        read_tensors(folder / "model.safetensors")
