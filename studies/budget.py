@@ -59,9 +59,9 @@ from stop import by_guideline, stop_digest, stop_folder
 LAUNCHED = (6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64)
 ENDINGS = (  # (keep, branch) of an only check
     (4, 1), (8, 1), (16, 1), (2, 2), (4, 2), (8, 2), (1, 4), (2, 4), (4, 4))
-LAUNCHED_BEFORE_MORE = (12, 24, 40)          # paths before a cascade
-SHARES = ((2, 1), (2, 2), (4, 4))            # an earlier check keeps N / first, and branches
-LAST_OF_MORE = ((8, 1), (2, 4))              # (keep, branch) of a cascade's last check
+LAUNCHED_BEFORE_MORE = (8, 12, 20, 24, 36, 40)  # paths before a cascade
+SHARES = ((2, 1), (2, 2), (4, 4))                # an earlier check keeps N / first, and branches
+LAST_OF_MORE = ((8, 1), (4, 2), (2, 4))          # (keep, branch) of a cascade's last check
 USUAL_PATHS = (6, 8, 12, 17, 28)  # the budgets by default, in usual paths
 FAMILIES = ("one check", "cascade", "branching", "all plans")
 
