@@ -102,19 +102,25 @@ class Stop(torch.nn.Module):
     @torch.inference_mode()
     def score(self, model, prefixes, batch=16, bar=None):
         """Chances (N,) float32 that prefixes (prompt + prefix, lists of token ids, ragged) end
-        right."""
+        right. Equal prefixes are scored once."""
         check_prompts(model, prefixes, self.m)
+        places = {}  # of the different prefixes in `distinct`
+        for prefix in prefixes:
+            places.setdefault(tuple(prefix), len(places))
+        distinct = list(map(list, places))
         if prefixes:
             longest = max(len(prefix) for prefix in prefixes)
             batch = min(batch, memory.rows_beside_others(model, longest + self.m))
-        scores = torch.zeros(len(prefixes), device=self.head.weight.device)
-        for numbers in like_lengths(prefixes, batch):
-            cache, _ = prefill(model, [prefixes[i] for i in numbers], self.m)
+        scores = torch.zeros(len(distinct), device=self.head.weight.device)
+        for numbers in like_lengths(distinct, batch):
+            cache, _ = prefill(model, [distinct[i] for i in numbers], self.m)
             scores[numbers] = self.chance(self(model, cache))
             if bar is not None:
                 bar.update(len(numbers))
         require_finite(scores, "STOP's score")
-        return scores
+        if bar is not None:
+            bar.update(len(prefixes) - len(distinct))
+        return scores[[places[tuple(prefix)] for prefix in prefixes]]
 
     def trained_for(self):
         """The checkpoints (in new tokens) whose prefixes it was trained on, the usual one first."""
@@ -280,8 +286,16 @@ def score_live(model, stop, batch):
         batch.settle()
         scores = stop.chance(stop(model, batch.cache))
         require_finite(scores, "STOP's score")
-        for path, score in zip(batch.live, scores.tolist()):
+        prefixes = [tuple(path.ids) for path in batch.live]
+        for path, score in zip(batch.live, of_first_equal(prefixes, scores.tolist())):
             path.score = score
+
+
+def of_first_equal(prefixes, scores):
+    """The scores, in which equal prefixes have one, that of the first of them: rounding differs
+    with a row's place in the batch, and would break ties."""
+    known = {}
+    return [known.setdefault(prefix, score) for prefix, score in zip(prefixes, scores)]
 
 
 def score_ended(model, stop, paths):

@@ -95,9 +95,10 @@ def expected_tokens(plan, usual):
     rows = plan.n
     start = 0
     for stage in plan.stages:
-        tokens += rows * (stage.checkpoint - start)
+        end = min(stage.checkpoint, usual)
+        tokens += rows * (end - start)
         rows = stage.keep * stage.branch
-        start = stage.checkpoint
+        start = end
     return tokens + rows * (usual - start)
 
 
@@ -446,8 +447,10 @@ def open_field(settings):
     checkpoints = stop.trained_for()
     if settings.checkpoints is not None:
         checkpoints = numbers("checkpoints", settings.checkpoints)
+        different = len(set(checkpoints)) == len(checkpoints)
+        require("checkpoints", different, settings.checkpoints, "each checkpoint once")
     require("checkpoints", max(checkpoints) < limit, checkpoints, f"less than {limit} new tokens")
-    check_prompts(model, prompts, limit + stop.m)
+    check_prompts(model, prompts, max(limit, max(checkpoints) + stop.m))
     return Field(model, tokenizer, stop, problems, limit, Path(settings.out)), checkpoints
 
 
@@ -464,6 +467,7 @@ def write_plan_file(settings, field, reported, rows):
             expected = {name: round(row[name].mean, 4) for name in METRICS}
             plans.append(
                 BudgetPlan(int(choice.budget), choice.plan.n, choice.plan.stages, expected))
+    require("budgets", plans, settings.budgets, "one that some plan keeps to: nothing was written")
     folder = stop_folder(settings)
     write_plans(folder, stop_digest(field.stop), chosen, plans)
     print(f"wrote {len(plans)} plans to {folder}/plan.json")
@@ -476,6 +480,8 @@ def read_samplings(settings):
     for part in settings.seeds.split(","):
         require("seeds", part.isdecimal(), settings.seeds, "numbers with commas, as in 0,1,2")
         samplings.append(dataclasses.replace(base, seed=base.seed + int(part)))
+    seeds = {sampling.seed for sampling in samplings}
+    require("seeds", len(seeds) == len(samplings), settings.seeds, "each seed once")
     return samplings
 
 
@@ -492,11 +498,12 @@ def read_budgets(settings, usual, costs):
     if costs is not None:
         per_token = costs.token + costs.step / settings.n
     if settings.budgets is not None:
-        asked = sorted(set(numbers("budgets", settings.budgets, float)))
+        asked = numbers("budgets", settings.budgets, float)
     else:
         asked = [usual * paths * per_token for paths in USUAL_PATHS]
     if costs is None:
         asked = [round(budget) for budget in asked]
+    asked = sorted(set(asked))
     return Budgets(asked, [budget / per_token for budget in asked])
 
 
@@ -528,8 +535,10 @@ def main(settings):
 
 
 def run(settings, field, checkpoints, samplings):
-    """The whole study, in its folder."""
-    prompts = [field.tokenizer.ask(problem) for problem in field.problems]
+    """The whole study, in its folder. The problems to report on shape nothing."""
+    known_ceilings = ceilings(settings.ceiling)
+    first, second = halves(field)
+    prompts = [field.tokenizer.ask(problem) for problem in first.problems]
     usual = usual_length(field.model, prompts, field.limit, samplings[0])
     costs = None
     if settings.cost == "seconds":
@@ -538,7 +547,8 @@ def run(settings, field, checkpoints, samplings):
         print(f"cost model, in seconds: {json.dumps(costs._asdict())}")
     budgets = read_budgets(settings, usual, costs)
     plans = grid(settings.n, checkpoints, budgets.tokens[0] / 2, budgets.tokens[-1], usual)
-    first, second = halves(field)
+    require("budgets", plans, budgets.asked, f"one that a plan of at most n = {settings.n} paths "
+            f"of {usual:.0f} tokens about fills")
     if processes.is_first():
         print(f"{len(plans)} plans, a usual path has {usual:.0f} tokens; chosen on "
               f"{len(first.problems)} problems, reported on {len(second.problems)} others; "
@@ -547,7 +557,12 @@ def run(settings, field, checkpoints, samplings):
     signal = StopSignal(field.model, field.stop)
     known = measured(first, signal, plans, samplings, costs)
     choices = references(settings, budgets, checkpoints[0], usual)
-    choices += choose(budgets.asked, known, FAMILIES, signal.name, "weighted")
+    chosen = choose(budgets.asked, known, FAMILIES, signal.name, "weighted")
+    served = {choice.budget for choice in chosen}
+    for budget in budgets.asked:
+        if budget not in served and processes.is_first():
+            print(f"budget {budget:g}: no plan keeps to it")
+    choices += chosen
     rows = report_on(second, signal, choices, samplings, costs)
     compared = []
     if settings.compare:
@@ -560,7 +575,7 @@ def run(settings, field, checkpoints, samplings):
         rows |= report_on(second, entropy, own, samplings, costs)
         choices += own
     default = rows[signal.name, choices[1].plan]
-    report = report_rows(choices, rows, default, ceilings(settings.ceiling))
+    report = report_rows(choices, rows, default, known_ceilings)
     scores = compare_signals(second, signal, compared, samplings[:1], costs)
     if processes.is_first():
         write_report(field.folder, report, scores, len(second.problems), samplings)

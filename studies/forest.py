@@ -23,7 +23,7 @@ from plumbing import processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.records import Job, digest
 from sample import Batch, Path, branch_key, model_digest, uniform
-from stop import stop_digest
+from stop import of_first_equal, stop_digest
 
 TOGETHER = 1024  # rows launched in one batch: several problems
 VALUES = ("tokens", "steps", "checked", "avg", "cons", "weighted", "pass")  # of a plan on a problem
@@ -53,7 +53,8 @@ class StopSignal:
 
     def of_live(self, batch):
         """Scores (B,) float64 of the paths in a batch, whose tokens are all in its cache."""
-        return self.stop.chance(self.stop(self.model, batch.cache)).double()
+        scores = self.stop.chance(self.stop(self.model, batch.cache)).double()
+        return alike(batch.live, scores)
 
     def of_ended(self, paths, batch):
         """Scores (paths,) float64 of paths that have left the batch, read whole."""
@@ -86,10 +87,17 @@ class EntropySignal:
     is_chance = False
 
     def of_live(self, batch):
-        return -batch.entropy / batch.drawn
+        return alike(batch.live, -batch.entropy / batch.drawn)
 
     def of_ended(self, paths, batch):
-        return torch.stack([-batch.ended[id(path)].mean_entropy for path in paths])
+        means = torch.stack([batch.ended[id(path)].mean_entropy for path in paths])
+        return alike(paths, -means)
+
+
+def alike(paths, scores):
+    """The scores (paths,), in which equal paths of a prompt have one (`stop.of_first_equal`)."""
+    prefixes = [(path.prompt_number, *path.ids) for path in paths]
+    return scores.new_tensor(of_first_equal(prefixes, scores.tolist()))
 
 
 def at_random(scores, noise):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import (
-    GOLDEN, KINDS, REAL, call_script, close, meta_model, random_ids, random_model, random_prompt,
+    ROOT,     GOLDEN, KINDS, REAL, call_script, close, meta_model, random_ids, random_model, random_prompt,
     random_stop, raw_config, write_checkpoint, write_tokenizer)
 from safetensors.torch import load_file
 
@@ -16,6 +16,7 @@ import sample
 import stop as room
 from lora import LoRA
 from model import load
+from plumbing.problems import read_problems
 from plumbing.tokenizer import Tokenizer
 from sample import generate, prefill
 from stop import Stop, launch_check_resume, retention, vote
@@ -226,6 +227,34 @@ def test_exactly_the_best_finish(pair, batches):
     running = sum(len(whole[index].ids) > 10 for index in kept)
     assert sizes == [(running, running, running, 9 + 40 + 3)]
     assert batches[0].decoded == sum(len(path.ids) for path in paths)
+
+
+@pytest.mark.parametrize("number", (2, 3))
+def test_equal_prefixes_have_equal_scores(number):
+    """On the toy many prefixes are equal; with 41 rows those at the end of the batch round
+    differently, and without care the last would win the tie."""
+    model = load(ROOT / "toy")
+    stop = Stop.load(ROOT / "toy" / "stop", model)
+    problem = read_problems(ROOT / "toy" / "test.jsonl")[number]
+    seen = []
+
+    def check(checkpoint, checked, kept):
+        for path in checked:
+            seen.append((tuple(path.ids), path.score, path.index, path in kept))
+
+    prompt = Tokenizer(ROOT / "toy").ask(problem)
+    launch_check_resume(model, stop, prompt, 41, 6, 24, max_new_tokens=26, on_check=check)
+    prefixes = {ids for ids, *_ in seen}
+    assert len(prefixes) < 20
+    for ids in prefixes:
+        alike = [(score, index, kept) for other, score, index, kept in seen if other == ids]
+        assert len({score for score, _, _ in alike}) == 1
+        kept = [index for _, index, kept in alike if kept]
+        assert kept == sorted(index for _, index, _ in alike)[:len(kept)]
+    again = stop.score(model, [prompt + list(ids) for ids, *_ in seen], batch=7).tolist()
+    for score, (_, expected, _, _) in zip(again, seen, strict=True):
+        assert score == pytest.approx(expected, abs=1e-5)
+    assert len(set(again)) <= len(prefixes)
 
 
 def test_equal_scores_go_to_the_lower_index(pair):
