@@ -26,7 +26,7 @@ from huggingface_hub.utils import tqdm
 
 from lora import TARGETS, LoRA
 from plumbing import memory, picture
-from plumbing.answers import extract_answer, same_answer
+from plumbing.answers import extract_answer, same_vote
 from plumbing.budget_plan import (
     Stage, check_stages, parse_cascade, plan_for, read_plans)
 from plumbing.checkpoint import fingerprint, weights_digest
@@ -323,7 +323,7 @@ def vote(answers, weights=None, kind="math"):
         if answer is None:
             continue
         for known in votes:
-            if same_answer(answer, known, kind):
+            if same_vote(answer, known, kind):
                 answer = known
                 break
         votes[answer] = votes.get(answer, 0.0) + weight

@@ -170,21 +170,31 @@ def same_answer(answer, reference, kind="math"):
     the brackets if the answer has any. `1,234` is one number or two, 1\frac12 is 3/2, 2\frac53 is
     10/3, 1e-3 is 0.001. Of a reference `080 or 081 (both were accepted)` either is right.
     """
-    if not isinstance(answer, str) or not isinstance(reference, str):
+    if same_vote(answer, reference, kind):
+        return True
+    if kind == "choice" or not isinstance(reference, str) or len(reference) > MAX_ANSWER:
+        return False
+    accepted = _accepted(reference.strip())
+    return any(same_vote(answer, one, kind) for one in accepted)
+
+
+def same_vote(answer, other, kind="math"):
+    """Whether the answers of two paths are one in a vote: as `same_answer`, but for the note of a
+    reference, which no path can give itself."""
+    if not isinstance(answer, str) or not isinstance(other, str):
         return False
     answer = answer.strip()
-    reference = reference.strip()
+    other = other.strip()
     if kind == "choice":
         letter = _letter(answer)
-        return letter is not None and letter == _letter(reference)
-    if answer == reference:
+        return letter is not None and letter == _letter(other)
+    if answer == other:
         return answer != ""
-    if max(len(answer), len(reference)) > MAX_ANSWER:
+    if max(len(answer), len(other)) > MAX_ANSWER:
         return False
-    for accepted in _accepted(reference):
-        for expected in _readings(accepted):
-            if any(_same(found, expected) for found in _readings(answer)):
-                return True
+    for expected in _readings(other):
+        if any(_same(found, expected) for found in _readings(answer)):
+            return True
     return False
 
 
@@ -248,7 +258,7 @@ _REWRITES = [
     (r"(?:[^,=()]|\([^()]*\))*=", ""),  # f(1,2)=x=5 -> 5
     (r"[ .,;]+$", ""),  # 5 ., -> 5
 ]
-_THOUSANDS = re.compile(r"(?<![0-9.,(\[])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.,(\[])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 
 
 @lru_cache(maxsize=4096)  # a vote compares the same few answers again and again

@@ -2,18 +2,24 @@
 there."""
 import re
 
-from plumbing.answers import same_answer
+from plumbing.answers import same_vote
 
-OPEN_ENDED = re.compile(r"[0-9]{4}|,")  # 1,234 is 1234, and is the list 1, 234
+# Answers with one reading: numbers that are told apart beyond any rounding, and letters.
+PLAIN = re.compile(
+    r"-?[0-9]{1,8}|-?[0-9]{1,3}[./][0-9]{1,3}|-?\\frac\{[0-9]{1,3}\}\{[0-9]{1,3}\}|[A-Z]")
+# 1234 may be written 1,234, which is the list 1, 234 too.
+FOUR_DIGITS = re.compile(r"[0-9]{4}")
 
 
 def is_decided(answers, weights, outstanding, kind="math"):
     """Whether votes still out, `outstanding` of weight together, cannot change the winner of these.
 
-    The bound holds whatever they say. The winner counts only with votes that are spelled alike; an
-    outstanding vote may be for anybody, and may even show two different answers to be equal, so
-    answers that may turn out equal count together. A tie is never decided: order breaks it. Nor is
-    a winner decided that may be read in two ways: an outstanding vote could name it otherwise."""
+    The bound holds whatever they say; it is exact, not the earliest. The winner counts only with
+    votes that are spelled alike; an outstanding vote may be for anybody, and may even show two
+    different answers to be equal, so answers that may turn out equal count together. A tie is
+    never decided: order breaks it. Nor is a winner decided that may have more than one reading: an
+    outstanding vote could show it to be another. (Another spelling of the winner that comes first
+    in the end gives it its name: 1/2 for 0.5.)"""
     spelled = {}
     for answer, weight in zip(answers, weights):
         if answer is not None:
@@ -21,7 +27,7 @@ def is_decided(answers, weights, outstanding, kind="math"):
     if not spelled:
         return False  # even a vote of no weight would name an answer
     winner = max(spelled, key=spelled.get)
-    if OPEN_ENDED.search(winner):
+    if not is_closed(winner):
         return False
     strongest = 0.0
     for group in groups_that_may_be_equal(spelled.keys() - {winner}, kind):
@@ -46,8 +52,14 @@ def groups_that_may_be_equal(answers, kind):
     return groups
 
 
+def is_closed(answer):
+    """Whether all that equals an answer is equal."""
+    return PLAIN.fullmatch(answer) is not None and not FOUR_DIGITS.search(answer)
+
+
 def may_be_equal(one, other, kind):
     """Whether two spellings are the same answer, or a third could be the same as both."""
-    if OPEN_ENDED.search(one) and OPEN_ENDED.search(other):
+    if same_vote(one, other, kind) or same_vote(other, one, kind):
         return True
-    return same_answer(one, other, kind) or same_answer(other, one, kind)
+    both_plain = PLAIN.fullmatch(one) and PLAIN.fullmatch(other)
+    return not (both_plain or is_closed(one) or is_closed(other))

@@ -20,7 +20,7 @@ import torch
 
 from baselines import entropy, progress
 from plumbing import processes
-from plumbing.answers import extract_answer, same_answer
+from plumbing.answers import extract_answer, same_answer, same_vote
 from plumbing.records import Job, digest
 from sample import Batch, Path, branch_key, model_digest, uniform
 from stop import of_first_equal, stop_digest
@@ -344,7 +344,7 @@ class Graded:
                 continue
             if answer not in known:
                 equal = (i for i, first in enumerate(firsts)
-                         if same_answer(answer, first, problem.kind))
+                         if same_vote(answer, first, problem.kind))
                 known[answer] = next(equal, len(firsts))
                 if known[answer] == len(firsts):
                     firsts.append(answer)

@@ -14,7 +14,7 @@ import numpy as np
 
 from baselines import progress
 from model import Decoder
-from plumbing.answers import same_answer
+from plumbing.answers import same_vote
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, option, require_positive, shown
 from plumbing.problems import read_problems
@@ -181,7 +181,7 @@ def group_answers(record, kind):
         if answer is None:
             groups.append(None)
             continue
-        equals = (first for first in firsts if same_answer(answer, answers[first], kind))
+        equals = (first for first in firsts if same_vote(answer, answers[first], kind))
         group = next(equals, i)
         if group == i:
             firsts.append(i)

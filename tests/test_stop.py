@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from helpers import (
-    ROOT,     GOLDEN, KINDS, REAL, call_script, close, meta_model, random_ids, random_model, random_prompt,
-    random_stop, raw_config, write_checkpoint, write_tokenizer)
+    GOLDEN, KINDS, REAL, ROOT, call_script, close, meta_model, random_ids, random_model,
+    random_prompt, random_stop, raw_config, write_checkpoint, write_tokenizer)
 from safetensors.torch import load_file
 
 import sample

@@ -1,5 +1,6 @@
 """Decided votes (10,000 random cases, and on paths of a model), and branching, against second
 versions by hand."""
+import itertools
 import math
 import random
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from helpers import random_ids, random_model, random_stop
 
-from plumbing.answers import same_answer
+from plumbing.answers import same_answer, same_vote
 from plumbing.votes import is_decided, may_be_equal
 from sample import Batch, draw, generate, probabilities
 from stop import launch_check_resume, vote
@@ -72,6 +73,54 @@ def test_a_decided_vote_is_the_vote(weighted):
             decided += 1
             assert equal(vote(found, counted), vote(answers, weights)), (answers, weights, ended)
     assert decided > 500
+
+
+TRICKY = (  # what models write, much of it with more than one reading
+    "5", "4", "0.5", "1/2", r"\frac{1}{2}", "1,234", "1234", "(1,234)", "(1 and 2)", "[1 and 2]",
+    "1 or 2", "(2 and 1)", "(1，2)", "[1，2]", "1，2", r"\pm 2", "(2 and -2)", "(-2 and 2)",
+    "3 or 4 (both were accepted)", "5 or 4 (both were accepted)", "10^{10}", "10^{10}+9",
+    r"10^{10}+\sqrt{25}", "0,005", "(0,5)", "[0,5]", "005", "5.0", "x=5", r"5\%", "50%",
+    r"\text{5}", "(5)", "{5}", "3=4", "-0", "1 000", "1000", r"1\,000", "1e3", "12 1/2",
+    r"12\frac{1}{2}", "12.5", "2,5", "2.5", "(2,5)", "1/3", "0.3333333333", "1,000,000", "1000000", "(1,000,000)", "B", "(B)")
+
+
+def test_nothing_unites_what_is_told_apart():
+    """Two answers that cannot be equal: no third is in one vote with both."""
+    def together(one, other):
+        return same_vote(one, other) or same_vote(other, one)
+
+    apart = 0
+    for one, other in itertools.combinations(TRICKY, 2):
+        if not may_be_equal(one, other, "math"):
+            apart += 1
+            for third in TRICKY:
+                assert not (together(one, third) and together(other, third)), (one, other, third)
+    assert apart > 300
+
+
+def test_a_decision_holds_whatever_is_said():
+    """Against every outcome of one path that still runs, before the others and behind them."""
+    generator = random.Random(1)
+    decided = 0
+    for _ in range(6000):
+        pool = generator.sample(TRICKY, generator.randint(2, 4))
+        answers = generator.choices(pool, k=generator.randint(1, 7))
+        if not is_decided(answers, [1.0] * len(answers), 1.0):
+            continue
+        decided += 1
+        winner = vote(answers)
+        for said in TRICKY:
+            assert equal(winner, vote([said, *answers])), (answers, said)
+            assert equal(winner, vote([*answers, said])), (answers, said)
+    assert decided > 200
+
+
+def test_a_path_gives_no_note():
+    """`3 or 4 (both were accepted)` is said by references; in a vote it is neither 3 nor 4."""
+    note = "3 or 4 (both were accepted)"
+    assert same_answer("3", note) and same_answer("4", note)
+    assert not same_vote("3", note) and not same_vote(note, "4")
+    assert vote([note, "3", "4", "4"]) == "4"
 
 
 @pytest.mark.parametrize("count", (1, 2, 3, 5))
