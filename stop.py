@@ -29,7 +29,7 @@ from plumbing import memory, picture
 from plumbing.answers import extract_answer, same_vote
 from plumbing.budget_plan import (
     Stage, check_stages, parse_cascade, plan_for, read_plans)
-from plumbing.checkpoint import fingerprint, weights_digest
+from plumbing.checkpoint import find_folder, fingerprint, weights_digest
 from plumbing.command_line import (
     Common, command_line, option, require_choice, require_positive, shown)
 from plumbing.labels import read_prefixes
@@ -179,7 +179,7 @@ def stop_digest(stop):
 
 def stop_folder(settings):
     """The folder of the STOP that a script's settings name."""
-    return pathlib.Path(settings.stop or pathlib.Path(settings.model) / "stop")
+    return pathlib.Path(settings.stop or find_folder(settings.model) / "stop")
 
 
 def like_lengths(prefixes, batch):
@@ -386,7 +386,8 @@ class Settings(Common):
     cascade: str | None = option(
         None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
         "2048:32,4096:4x2")
-    branch: int = option(1, "how many paths each resumed prefix goes on as")
+    branch: int | None = option(
+        None, "how many paths each resumed prefix goes on as (default: 1)")
     decide: bool = option(True, "stop when the running paths can no longer change the vote")
     kind: str = option("math", "math or choice: what the answer is")
     picture: str | None = option(
@@ -414,9 +415,9 @@ def by_plan(settings, stop):
             print(f"budget: no plan.json in {folder}: the paper's guideline")
     if plans is None:
         return settings
-    for name in ("n", "keep", "retention", "prefix", "cascade", "branch"):
+    for name in ("n", "keep", "retention", "task_length", "prefix", "cascade", "branch"):
         found = getattr(settings, name)
-        if found != getattr(Settings, name):
+        if found is not None:
             raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the "
                              f"plan in {folder} has its own")
     plan = plan_for(plans, settings.budget, folder)
@@ -458,7 +459,10 @@ def answer_prompt(model, stop, tokenizer, settings):
     """Run one question through Launch, Check, Resume; print scores, answers and votes."""
     settings = by_plan(settings, stop)
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
-    limit = room(model, prompt_ids, settings.max_new_tokens)
+    limit = settings.max_new_tokens
+    if limit is None:
+        limit = stop.trained_limit()
+    limit = room(model, prompt_ids, limit)
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
@@ -479,7 +483,7 @@ def answer_prompt(model, stop, tokenizer, settings):
     with token_bar("paths", n * limit) as bar:
         paths = launch_check_resume(
             model, stop, prompt_ids, n, keep, prefix, cascade, limit, **sampling,
-            branch=settings.branch, answer_of=answer_of if settings.decide else None,
+            branch=settings.branch or 1, answer_of=answer_of if settings.decide else None,
             kind=settings.kind, bar=bar, on_check=on_check)
     seconds = time.perf_counter() - start
 
@@ -574,9 +578,15 @@ def recipe(flags):
 
 # A setting that says all that these others say, each of which would have no effect beside it
 ALTERNATIVES = {
-    "cascade": ("keep", "retention", "budget", "prefix"),
+    "cascade": ("keep", "retention", "budget", "prefix", "branch"),
     "keep": ("retention", "budget"),
     "retention": ("budget",)}
+
+
+# Settings that say how a question is answered, and nothing of how prefixes are scored
+OF_A_PROMPT = (
+    "n", "keep", "retention", "budget", "task_length", "prefix", "cascade", "branch", "decide",
+    "kind", "picture")
 
 
 def check(settings):
@@ -597,8 +607,10 @@ def check(settings):
                 raise ValueError(f"{other}: found beside --{name}, expected one of the two")
     if settings.picture is not None:
         picture.check_file(settings.picture)
-        if settings.score is not None:
-            raise ValueError("picture: found beside --score, expected beside --prompt")
+    if settings.score is not None:
+        for name in OF_A_PROMPT:
+            if getattr(settings, name) != getattr(Settings, name):
+                raise ValueError(f"{name}: found beside --score, expected beside --prompt")
 
 
 if __name__ == "__main__":

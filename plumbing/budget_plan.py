@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from plumbing.checkpoint import is_there
 from plumbing.command_line import shown
 from plumbing.records import read_json, write_atomic
 
@@ -81,7 +82,7 @@ def read_plans(folder, stop):
     """The BudgetPlans in a STOP's folder, the smallest first; None where it has no plan.json. stop:
     digits that stand for that STOP. ValueError on a plan.json that is broken or another STOP's."""
     file = Path(folder) / NAME
-    if not file.is_file():
+    if not is_there(file):
         return None
     content = read_json(file)
     if content.get("stop") != stop:
@@ -107,11 +108,12 @@ def _read_plan(place, record):
         raise ValueError(f"{place}: found {shown(record)}, expected a JSON object")
     for key in ("budget", "n"):
         value = record.get(key)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{place}: {key}: found {shown(value)}, expected a positive integer")
+        if type(value) is not int or not 1 <= value < 2 ** 31:
+            raise ValueError(
+                f"{place}: {key}: found {shown(value)}, expected a positive integer of 32 bits")
     for key in METRICS:
         value = record.get(key)
-        most = math.inf if key == "tokens" else 1
+        most = 2 ** 31 if key == "tokens" else 1
         if type(value) not in (int, float) or not 0 <= value <= most:
             expected = "a number of tokens" if key == "tokens" else "a share in [0, 1]"
             raise ValueError(f"{place}: {key}: found {shown(value)}, expected {expected}")

@@ -20,9 +20,9 @@ prefix once. With --cost seconds a measured cost model takes their place:
     seconds = prompt + a * steps + b * tokens + c * checks + d * rows checked
 
 Beside the planner's choice: no pruning; the paper's default, 64 launched at STOP's usual
-checkpoint, 8 kept; the paper's guideline for the budget; minus entropy under the same planner; the
-ceiling (studies/ceiling.py) of plans of one check. Then, for two plans, how much hangs on the
-score.
+checkpoint, 8 kept; the paper's guideline for the budget; minus entropy under the same planner (by
+its majority, as it gives no weights, and on the first seed of paths); the ceiling
+(studies/ceiling.py) of plans of one check. Then, for two plans, how much hangs on the score.
 """
 import contextlib
 import dataclasses

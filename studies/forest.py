@@ -184,21 +184,20 @@ class Tree:
         self.alive[plan] = np.arange(plan.n)
         self.weights[plan] = np.ones(plan.n)
 
-    def decode(self, plan, start, end):
-        """(tokens, steps) of a plan's paths from one checkpoint to the next."""
+    def stretch(self, plan, start, end):
+        """The tokens of a plan's paths from one checkpoint to the next; 0 of a path that had ended
+        before."""
         lengths = [len(self.paths[number].ids) for number in self.alive[plan]]
-        stretch = np.minimum(lengths, end) - start
-        stretch = np.maximum(stretch, 0)  # of a path that had ended before
-        return int(stretch.sum()), int(stretch.max(initial=0))
+        return np.maximum(np.minimum(lengths, end) - start, 0).astype(int)
 
     def check(self, plan, stage, start):
         """A plan so far, `plan`, goes through its next check."""
         longer = Plan(plan.n, (*plan.stages, stage))
         alive = self.alive[plan]
-        tokens, steps = self.decode(plan, start, stage.checkpoint)
-        self.tokens[longer] = self.tokens[plan] + tokens
-        self.steps[longer] = self.steps[plan] + steps
-        self.checked[longer] = self.checked[plan] + len(alive)
+        tokens = self.stretch(plan, start, stage.checkpoint)
+        self.tokens[longer] = self.tokens[plan] + int(tokens.sum())
+        self.steps[longer] = self.steps[plan] + int(tokens.max(initial=0))
+        self.checked[longer] = self.checked[plan] + int(np.count_nonzero(tokens))
         best = np.argsort(-self.scores[alive], kind="stable")[:stage.keep]
         kept = alive[np.sort(best)]
         if stage.branch > 1:
@@ -359,7 +358,7 @@ class Graded:
         answer of the best. weighted: whether the scores are weights."""
         tree = self.tree
         alive = tree.alive[plan]
-        tokens, steps = tree.decode(plan, start, math.inf)
+        tokens = tree.stretch(plan, start, math.inf)
         order = np.argsort(-tree.weights[plan], kind="stable")
         right = self.right[alive[order]]
         classes = self.classes[alive[order]].tolist()
@@ -368,8 +367,8 @@ class Graded:
         cons = vote(classes, ones)
         by_weight = vote(classes, weights)
         return [
-            tree.tokens[plan] + tokens,
-            tree.steps[plan] + steps,
+            tree.tokens[plan] + int(tokens.sum()),
+            tree.steps[plan] + int(tokens.max(initial=0)),
             tree.checked[plan],
             float(right.mean()),
             float(cons in self.truth),

@@ -21,7 +21,7 @@ from plumbing.problems import read_problems
 from plumbing.records import locked, write_atomic
 from plumbing.tokenizer import Tokenizer
 from sample import open_model, sample_paths, sampling_of
-from stop import Stop
+from stop import Stop, stop_folder
 
 
 def require(name, fits, found, expected):
@@ -60,7 +60,7 @@ class StopSettings(Common):
 
 def load_stop(settings, model):
     """The Stop of --stop, or the one in the model's directory."""
-    return Stop.load(settings.stop or find_folder(settings.model) / "stop", model)
+    return Stop.load(stop_folder(settings), model)
 
 
 def load_problems(settings):

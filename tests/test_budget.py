@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -102,7 +103,10 @@ def test_the_plan_of_the_largest_budget_that_fits(tmp_path):
     ("avg", 1.5, r"avg: found 1.5, expected a share in \[0, 1\]"),
     ("weighted", "much", "weighted: found 'much', expected a share"),
     ("pass", math.nan, "pass: found nan, expected a share"),
-    ("tokens", None, "tokens: found None, expected a number of tokens")))
+    ("tokens", None, "tokens: found None, expected a number of tokens"),
+    ("tokens", 10 ** 400, "tokens: found 1000.*, expected a number of tokens"),
+    ("tokens", math.inf, "tokens: found inf, expected a number of tokens"),
+    ("n", 10 ** 400, "n: found 1000.*, expected a positive integer of 32 bits")))
 def test_a_broken_plan_is_refused_in_one_line(tmp_path, key, value, complaint):
     plans = [BudgetPlan(size, 4, (Stage(8, 2),), EXPECTED) for size in (100, 300)]
     write_plans(tmp_path, "abc", {}, plans)
@@ -170,7 +174,7 @@ def test_plans_grown_together_are_the_runs_one_by_one(house, seed):
             weights = sorted(path.score for path in kept.values())
             assert np.allclose(sorted(tree.weights[plan]), weights, atol=1e-5)
             start = plan.stages[-1].checkpoint
-            tokens, _ = tree.decode(plan, start, math.inf)
+            tokens = tree.stretch(plan, start, math.inf).sum()
             spent = sum(len(path.ids) - path.inherited for path in expected)
             assert tree.tokens[plan] + tokens == spent, plan
     lengths = {path.status for tree in trees for path in tree.paths}
@@ -216,7 +220,8 @@ def test_what_plans_are_worth(house, tmp_path):
 
 
 def test_steps_and_checked_rows(house):
-    """What the cost model is fed: the longest path's steps, and rows at every check."""
+    """What the cost model is fed: the longest path's steps, and rows at every check; a path that
+    had ended before is not checked again."""
     plan = plan_of(12, "4:3x4,8:3x2")
     signal = forest.StopSignal(house.model, house.stop)
     prompt = house.tokenizer.ask(house.problems[0])
@@ -224,10 +229,9 @@ def test_steps_and_checked_rows(house):
         house.model, signal, [prompt], [plan], house.limit, Sampling(1.0, 0, 1.0, 0), house.stop.m)
     paths = real_run(house, prompt, plan, 0)
     longest = max(len(path.ids) for path in paths)
-    after_first = 3 + sum(len(path.branches) > 0 and path.branches[0] > 0 and path.inherited == 4
-                          for path in paths)
+    after_first = sum(len(path.branches) > 0 and path.inherited in (0, 4) for path in paths)
     assert tree.checked[plan] == 12 + after_first
-    assert tree.steps[plan] + tree.decode(plan, 8, math.inf)[1] == longest
+    assert tree.steps[plan] + tree.stretch(plan, 8, math.inf).max() == longest
 
 
 def test_without_a_check_all_paths_are_whole(house):
@@ -238,7 +242,7 @@ def test_without_a_check_all_paths_are_whole(house):
     (tree,) = forest.grow(house.model, signal, prompts, plans, house.limit, sampling, house.stop.m)
     whole = generate(house.model, prompts, 5, house.limit, 1.0, 0, 1.0, 0)[0]
     assert [tree.paths[i].ids for i in tree.alive[plans[0]]] == [path.ids for path in whole]
-    assert tree.decode(plans[0], 0, math.inf)[0] == sum(len(path.ids) for path in whole)
+    assert tree.stretch(plans[0], 0, math.inf).sum() == sum(len(path.ids) for path in whole)
 
 
 def test_minus_entropy_is_that_of_the_baseline(house):
@@ -524,6 +528,57 @@ def test_the_choice_does_not_see_the_other_half(monkeypatch, capsys, folder, tmp
         plans.append([(row["budget"], row["source"], row["plan"]) for row in rows
                       if row["source"] in budget.FAMILIES])
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("words, complaint", (
+    (("--budgets", "1"), "budgets: found [1], expected one that a plan of at most n = 12 paths"),
+    (("--seeds", "0,0"), "seeds: found '0,0', expected each seed once"),
+    (("--checkpoints", "4,4"), "checkpoints: found '4,4', expected each checkpoint once"),
+    (("--ceiling", "none.json"), "none.json")))
+def test_what_the_study_cannot_do_is_said_at_once(
+        monkeypatch, capsys, folder, tmp_path, words, complaint):
+    small_grid(monkeypatch)
+    monkeypatch.setattr(budget, "measured", None)
+    status, _, err = study(monkeypatch, capsys, folder, "--out", tmp_path, *words)
+    assert status == 2 and complaint in err, err
+
+
+def test_a_budget_that_no_plan_keeps_to_is_said(monkeypatch, capsys, folder, tmp_path):
+    """Two budgets of which the smaller serves no plan; and no plan.json where none is served."""
+    small_grid(monkeypatch)
+    stop_at = tmp_path / "stop"
+    shutil.copytree(folder / "stop", stop_at)
+    words = ("--stop", stop_at, "--out", tmp_path / "out", "--write", "--no-compare")
+    status, printed, err = study(monkeypatch, capsys, folder, *words, "--budgets", "25,120,120.2")
+    assert status == 0, err
+    assert "budget 25: no plan keeps to it" in printed
+    plans = read_plans(stop_at, stop_digest(Stop.load(stop_at, load(folder))))
+    assert [plan.budget for plan in plans] == [120]
+    status, _, err = study(monkeypatch, capsys, folder, *words, "--budgets", "25")
+    assert status == 2 and "budgets: found [25], expected" in err
+    assert read_plans(stop_at, stop_digest(Stop.load(stop_at, load(folder)))) == plans
+
+
+@pytest.mark.parametrize("words, complaint", (
+    (("--cascade", "4:3", "--branch", 2), "branch: found beside --cascade"),
+    (("--budget", 60, "--branch", 1), "branch: found 1, expected none beside --budget"),
+    (("--budget", 60, "--n", 64), "n: found 64, expected none beside --budget"),
+    (("--budget", 60, "--task-length", 9), "task_length: found 9, expected none beside --budget")))
+def test_nothing_given_is_ignored(monkeypatch, capsys, folder, tmp_path, words, complaint):
+    stop_at = tmp_path / "stop"
+    shutil.copytree(folder / "stop", stop_at)
+    digits = stop_digest(Stop.load(stop_at, load(folder)))
+    write_plans(stop_at, digits, {}, [BudgetPlan(60, 4, (Stage(4, 2),), EXPECTED)])
+    status, _, err = call_script(
+        monkeypatch, capsys, stop_script, "--model", folder, "--stop", stop_at, *FLAGS,
+        "--prompt", "0?", *words)
+    assert status == 2 and complaint in err, err
+
+
+def test_a_plan_file_that_is_a_folder_is_not_none(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        read_plans(tmp_path, "abc")
 
 
 def test_seconds_instead_of_tokens(monkeypatch, capsys, folder, tmp_path):
