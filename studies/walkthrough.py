@@ -162,12 +162,13 @@ def ask(walk):
     page.write(
         "The embedded toy counts things through a story with traps. Its right readings are known, "
         "so every step can be held against the truth. The question was chosen among the 300 of "
-        "`toy/test.jsonl` because little in it is close; the README has the figures over all of "
-        "them. This page is the output of `python studies/walkthrough.py`; a line with a tick is "
+        "`toy/test.jsonl` because STOP separates its paths clearly; the README has the figures "
+        "over all of them. This page is the output of `python studies/walkthrough.py`; a line with a tick is "
         "an assertion in that script.")
     page.write("## The question x")
     page.code(walk.problem.problem)
-    page.write(f"The right answer is {walk.problem.answer}. A token of the toy is a word, a sign "
+    page.write(f"The right answer is {walk.problem.answer}. The trap that most paths fall into is "
+               "\"buys 3 , drops 3\", which leaves the count as it was. A token of the toy is a word, a sign "
                f"or a number; the question has {len(prompt)}:")
     page.code(wrapped(prompt))
     page.claim(walk.tokenizer.decode(prompt) == walk.problem.problem,
@@ -435,6 +436,8 @@ def ends_early(walk, whole):
     page.claim(len(ended) > 0 and is_close(scores, torch.tensor([path.score for path in ended])),
                f"the {len(ended)} that had ended have the scores of their whole texts")
     page.claim(sum(kept for _, _, kept in seen) == KEEP, f"exactly {KEEP} vote")
+    page.write(f"This STOP was trained on prefixes of at most {max(walk.stop.trained_for())} "
+               f"tokens; {late} lie outside of what it has seen.")
 
 
 @torch.inference_mode()
