@@ -163,13 +163,13 @@ def ask(walk):
         "The embedded toy counts things through a story with traps. Its right readings are known, "
         "so every step can be held against the truth. The question was chosen among the 300 of "
         "`toy/test.jsonl` because STOP separates its paths clearly; the README has the figures "
-        "over all of them. This page is the output of `python studies/walkthrough.py`; a line with a tick is "
-        "an assertion in that script.")
+        "over all of them. This page is the output of `python studies/walkthrough.py`; a line with "
+        "a tick is an assertion in that script.")
     page.write("## The question x")
     page.code(walk.problem.problem)
     page.write(f"The right answer is {walk.problem.answer}. The trap that most paths fall into is "
-               "\"buys 3 , drops 3\", which leaves the count as it was. A token of the toy is a word, a sign "
-               f"or a number; the question has {len(prompt)}:")
+               "\"buys 3 , drops 3\", which leaves the count as it was. A token of the toy is a "
+               f"word, a sign or a number; the question has {len(prompt)}:")
     page.code(wrapped(prompt))
     page.claim(walk.tokenizer.decode(prompt) == walk.problem.problem,
                "the tokens spell the question, and nothing was added to it")
