@@ -211,9 +211,12 @@ def by_guideline(budget, prefix, task, most=math.inf):
     """(paths launched, paths kept) by the guideline for a budget, in tokens: as many paths as it
     pays for, all up to the prefix and the kept ones up to a usual response; 2 to `most`."""
     share = retention(budget, prefix, task)
-    tokens_a_path = prefix + share * max(0, task - prefix)
-    launched = min(max(2, int(budget / tokens_a_path)), most)
-    return launched, max(1, round(share * launched))
+    rest = max(0, task - prefix)
+    launched = min(int(budget / (prefix + share * rest)), most)
+    kept = max(1, round(share * launched))
+    paid_for = int((budget - kept * rest) / prefix)  # beside the rest of the kept ones
+    launched = max(2, min(launched, paid_for))
+    return launched, min(kept, launched)
 
 
 @torch.inference_mode()
@@ -439,8 +442,8 @@ def paths_of(settings, prefix, limit):
         share = retention(settings.budget, prefix, task)
         if settings.n is None:
             launched, _ = by_guideline(settings.budget, prefix, task)
-        print(f"guideline: keep {share:.4f} of {launched} paths (1 / {1 / share:.2f}), for usual "
-              f"responses of {task} tokens")
+        print(f"guideline: keep {share:.2g} of {launched} paths (1 / {1 / share:,.2f}), at least "
+              f"1; a usual response has {task} tokens")
     return launched, max(1, round(launched * share))
 
 

@@ -505,7 +505,7 @@ def test_the_guideline_chooses_for_a_budget(checkpoint, monkeypatch, capsys):
     share = retention(9000, 4, 3000)
     last = json.loads(out.splitlines()[-1])
     assert status == 0
-    assert f"guideline: keep {share:.4f} of 6 paths" in out
+    assert f"guideline: keep {share:.2g} of 6 paths" in out
     assert last["kept"] == max(1, round(6 * share))
 
 
