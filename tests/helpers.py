@@ -3,6 +3,7 @@ on disk, and ways to kill a run or to start it on several processes."""
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -267,6 +268,11 @@ def flags_of(settings):
     return words
 
 
+def heed_interruptions():
+    """What runs in the background of a shell ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_script(script, words, processes=1):
     """Start `python script.py words`, by torchrun where there are several processes -> Popen."""
     launcher = []
@@ -275,7 +281,8 @@ def start_script(script, words, processes=1):
                     str(processes), "--"]
     return subprocess.Popen(
         [sys.executable, *launcher, script, *map(str, words)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_interruptions)
 
 
 def run_script(script, words, processes=1, timeout=200):
