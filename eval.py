@@ -242,9 +242,7 @@ def resolve(settings, stop, model, prompts):
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit()
+    limit = stop.limit(settings.max_new_tokens)
     limit = min(room(model, prompt, limit) for prompt in prompts)
     return dataclasses.replace(settings, prefix=prefix, max_new_tokens=limit)
 

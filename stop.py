@@ -127,9 +127,11 @@ class Stop(torch.nn.Module):
         found = self.trained.get("settings", {}).get("prefix", 2048)
         return parse_checkpoints(str(found))
 
-    def trained_limit(self):
-        """The limit of a path, in new tokens, that it was trained with; None: what the context
-        left."""
+    def limit(self, asked=None):
+        """The limit of a path, in new tokens: `asked`, or the one that it was trained with; None:
+        what the context leaves."""
+        if asked is not None:
+            return asked
         return self.trained.get("settings", {}).get("max_new_tokens")
 
     def about(self):
@@ -433,7 +435,7 @@ def by_plan(settings, stop):
 def paths_of(settings, prefix, limit):
     """(paths launched, paths resumed) of a run: --n and --keep or --retention, by default 64 and an
     eighth; or the guideline's for --budget."""
-    launched = LAUNCHED if settings.n is None else settings.n
+    launched = settings.n or LAUNCHED
     if settings.keep is not None:
         return launched, settings.keep
     share = 1 / 8 if settings.retention is None else settings.retention
@@ -462,10 +464,7 @@ def answer_prompt(model, stop, tokenizer, settings):
     """Run one question through Launch, Check, Resume; print scores, answers and votes."""
     settings = by_plan(settings, stop)
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit()
-    limit = room(model, prompt_ids, limit)
+    limit = room(model, prompt_ids, stop.limit(settings.max_new_tokens))
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
@@ -599,8 +598,7 @@ def check(settings):
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
     if settings.cascade is not None:
-        launched = LAUNCHED if settings.n is None else settings.n
-        check_stages(parse_cascade(settings.cascade), launched)
+        check_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED)
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")

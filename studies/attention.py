@@ -138,10 +138,7 @@ def read_path(model, stop, tokenizer, problem, path, checkpoint, layer):
 def contrast(model, stop, tokenizer, problem, settings, checkpoint):
     """The Contrast of a problem: n paths are sampled and scored, some of both ends are read."""
     prompt = tokenizer.ask(problem)
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit()
-    limit = room(model, prompt, limit)
+    limit = room(model, prompt, stop.limit(settings.max_new_tokens))
     sampling = dataclasses.asdict(sampling_of(settings))
     (paths,) = generate(model, [prompt], settings.n, limit, batch=settings.batch, **sampling)
     scores = stop.score(model, [prompt + path.ids[:checkpoint] for path in paths]).tolist()

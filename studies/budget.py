@@ -440,9 +440,7 @@ def open_field(settings):
     problems = load_problems(settings)[:settings.problems]
     require("problems", len(problems) >= 4, len(problems), "at least 4, for two halves")
     prompts = [tokenizer.ask(problem) for problem in problems]
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit()
+    limit = stop.limit(settings.max_new_tokens)
     limit = min(room(model, prompt, limit) for prompt in prompts)
     checkpoints = stop.trained_for()
     if settings.checkpoints is not None:

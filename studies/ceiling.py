@@ -217,8 +217,8 @@ def main(settings):
     stored = open_stored(settings)
     if settings.prefixes is None:
         stored.prefixes = sorted(stored.stop.trained_for())
-    if settings.max_new_tokens is None:
-        settings = dataclasses.replace(settings, max_new_tokens=stored.stop.trained_limit())
+    limit = stored.stop.limit(settings.max_new_tokens)
+    settings = dataclasses.replace(settings, max_new_tokens=limit)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if processes.is_first() else contextlib.nullcontext():

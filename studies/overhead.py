@@ -250,9 +250,7 @@ def plan(settings, stop, prompt):
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit() or 2 * prefix
+    limit = stop.limit(settings.max_new_tokens) or 2 * prefix
     keep = settings.keep
     if keep is None:
         keep = max(1, settings.n // 8)

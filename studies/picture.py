@@ -49,9 +49,7 @@ def find_problem(problems, name):
 def run_of(model, tokenizer, stop, problem, settings):
     """The picture.Run of a problem."""
     prompt = tokenizer.ask(problem)
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit()
+    limit = stop.limit(settings.max_new_tokens)
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]

@@ -925,8 +925,8 @@ def main(settings):
     checkpoints = numbers("prefixes", settings.prefixes)
     model, tokenizer = open_model(settings)
     stop = load_stop(settings, model)
-    if settings.max_new_tokens is None:
-        settings = dataclasses.replace(settings, max_new_tokens=stop.trained_limit())
+    limit = stop.limit(settings.max_new_tokens)
+    settings = dataclasses.replace(settings, max_new_tokens=limit)
     out = pathlib.Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     problems = load_problems(settings)[:settings.problems]

@@ -121,9 +121,7 @@ def open_stored(settings):
     stop = load_stop(settings, model)
     problems = load_problems(settings)[:settings.problems]
     prefixes = checkpoints(settings, stop)
-    limit = settings.max_new_tokens
-    if limit is None:
-        limit = stop.trained_limit()
+    limit = stop.limit(settings.max_new_tokens)
     records = stored_paths(
         model, tokenizer, problems, Path(settings.stored), settings.n, limit, settings)
     return Stored(model, tokenizer, stop, problems, records, prefixes)

@@ -91,7 +91,7 @@ class Walk:
         self.problem = problems[settings.question]
         self.prompt = self.tokenizer.ask(self.problem)
         self.checkpoint = self.stop.trained_for()[0]
-        self.limit = self.stop.trained_limit()
+        self.limit = self.stop.limit()
         self.page = Page()
 
     def answer_of(self, ids):

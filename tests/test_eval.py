@@ -310,7 +310,7 @@ class Known:
     """A Stop whose scores are given, and which notes what it was asked."""
     m = 4
     trained_for = Stop.trained_for
-    trained_limit = Stop.trained_limit
+    limit = Stop.limit
 
     def __init__(self, scores, **trained):
         self.scores = scores
