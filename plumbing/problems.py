@@ -69,7 +69,8 @@ def read_problems(path):
     """The problems of one source, in its order, as list[Problem].
 
     path: a JSON list, JSON lines or CSV file, or hf:owner/dataset or hf:owner/dataset/file (Hub).
-    Keys, in either case: `problem` or `question`; `answer`, text or a number; if wanted `id` (else
+    Keys, in either case: `problem` or `question` (behind SVAMP's `body`, where there is one);
+    `answer`, text or a number; if wanted `id` (else
     `record id`, `problem_idx`, the position from 1) and `options` or `choices`, by letter or a
     list: the answer is then a letter. GPQA's four answers are shuffled, always the same way.
     ValueError in one line names file, record and key.
@@ -273,6 +274,10 @@ def _question(place, record):
     text = record.get(key)
     good = isinstance(text, str) and text.strip()
     _expect(good, place, record, key, "the text of a `problem` or `question`")
+    if key == "question" and "body" in record:  # SVAMP: the story, and what is asked about it
+        body = record["body"]
+        _expect(isinstance(body, str) and body.strip(), place, record, "body", "the story's text")
+        text = f"{body.strip()} {text.strip()}"
     return key, text
 
 
@@ -296,6 +301,7 @@ def _answer(place, record, options):
     _expect(good, place, record, "answer", "text or a number")
     if isinstance(value, float):
         _expect(math.isfinite(value), place, record, "answer", "a finite number")
+        value = int(value) if value.is_integer() else value  # SVAMP's 51.0
     answer = str(value).strip()
     if options is not None:
         letters = ", ".join(options)

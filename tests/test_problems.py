@@ -339,3 +339,21 @@ def test_held_out_problems_are_dropped_by_their_text_and_reported():
     dropped = Problem("a", " What  is 1 + 1? ", "2")
     assert without_held_out([dropped, kept], tests) == ([kept], [dropped])
     assert without_held_out([dropped, kept], []) == ([dropped, kept], [])
+
+
+def test_svamp_is_read_as_published(tmp_path):
+    """Its records split a problem into a story and a question, and have floats as answers."""
+    file = tmp_path / "svamp.json"
+    file.write_text(json.dumps([{
+        "ID": "chal-1",
+        "Body": "Each pack costs 76 dollars. If there is a discount of 25 dollars ",
+        "Question": "How much do you have to pay?",
+        "Equation": "( 76.0 - 25.0 )",
+        "Answer": 51.0,
+        "Type": "Subtraction"}]))
+    (problem,) = read_problems(file)
+    assert problem.problem == (
+        "Each pack costs 76 dollars. If there is a discount of 25 dollars How much do you have to "
+        "pay?")
+    assert problem.answer == "51"
+    assert problem.id == "chal-1"
