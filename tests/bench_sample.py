@@ -2,12 +2,17 @@
 
     python tests/bench_sample.py [--size toy|100m] [--threads 2]        # CPU, float32
     python tests/bench_sample.py --size 1.5b|gpt-oss-20b --device cuda  # bfloat16
+    python tests/bench_sample.py --model DIR                            # a published checkpoint
 
 64 paths from one 64-token prompt, 128 new tokens each, of a random checkpoint; temperature 0.6,
 top-k 40, top-p 0.95, no end token. Seconds are whole runs, prefill included, after a warm-up run;
 on CUDA the capture of graphs is reported apart. transformers runs with its dynamic and with its
 static cache, and the faster one counts. Without transformers ours is measured alone. pytest does
 not collect this file.
+
+--model measures a checkpoint directory or Hub id instead: 8, 32 and 64 paths of a question of usual
+length, 48 new tokens each, in each dtype of --dtype (bfloat16,float32 unless it says otherwise),
+with the memory beyond the weights, and the time of a check beside that of its launch.
 """
 import ctypes
 import dataclasses
@@ -28,7 +33,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from model import Decoder, load
 from plumbing.checkpoint import Config
 from plumbing.command_line import command_line, option, require_positive
-from sample import Batch, Path, Sampling
+from plumbing.problems import Problem
+from plumbing.tokenizer import Tokenizer
+from sample import Batch, Path, Sampling, generate, prefill
+from stop import Stop
 
 try:
     import transformers
@@ -41,6 +49,12 @@ NEW = 128         # tokens of each path
 EARLY_ROWS = 16   # paths that end early, in one of the measurements,
 EARLY_AT = 32     # with so many tokens
 SAMPLING = {"temperature": 0.6, "top_k": 40, "top_p": 0.95}
+REAL_ROWS = (8, 32, 64)  # of a published checkpoint,
+REAL_NEW = 48            # with so many tokens a path
+QUESTION = (
+    "A school buys 14 boxes of pencils with 24 pencils in each box. It gives 9 pencils to each of "
+    "its 31 pupils, and the rest are shared equally among 3 classrooms. How many pencils does each "
+    "classroom get?")
 
 QWEN2 = {
     "model_type": "qwen2",
@@ -104,8 +118,10 @@ class Settings:
     """What the benchmark can be told."""
     size: str = option(
         "all", f"{', '.join(SIZES)}, or all: toy and 100m on the CPU, 1.5b on CUDA")
+    model: str | None = option(None, "a checkpoint directory or Hub id, instead of a size")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    dtype: str | None = option(None, "default: float32 on the CPU, bfloat16 on CUDA")
+    dtype: str | None = option(
+        None, "default: float32 on the CPU, bfloat16 on CUDA; of --model bfloat16,float32")
     threads: int = option(2, "CPU threads")
     rounds: int = option(3, "runs of each, in turns; the median counts")
 
@@ -409,6 +425,87 @@ def measure_early_ends(model, rounds):
         "early_without_compaction_tok_per_s": median(staying)}
 
 
+# A published checkpoint
+
+
+@torch.inference_mode()
+def ours_of_question(model, prompt, rows):
+    """Seconds of `rows` paths of REAL_NEW tokens from one prompt."""
+    start = now(model.device)
+    generate(model, [prompt], rows, REAL_NEW, **SAMPLING, eos_ids=(), batch=rows)
+    return now(model.device) - start
+
+
+@torch.inference_mode()
+def theirs_of_question(model, prompt, rows):
+    """The same by transformers' generate, whose end tokens are off too."""
+    ids = torch.tensor([prompt], device=model.device)
+    settings = transformers.GenerationConfig(
+        do_sample=True, max_new_tokens=REAL_NEW, num_return_sequences=rows, pad_token_id=0,
+        **SAMPLING)
+    model.generation_config = settings  # the checkpoint's own would fill in what is not set here
+    start = now(model.device)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    seconds = now(model.device) - start
+    assert out.shape == (rows, len(prompt) + REAL_NEW)
+    return seconds
+
+
+@torch.inference_mode()
+def launch_and_check(model, prompt, rows):
+    """Seconds of decoding `rows` paths to REAL_NEW tokens, and of a check there: m 4, LoRA of rank
+    8 on q_proj and v_proj."""
+    stop = Stop(model, m=4, rank=8, targets=["q_proj", "v_proj"])
+    launch = ours_of_question(model, prompt, rows)
+    cache, _ = prefill(model, [prompt + prompt[:REAL_NEW]] * rows, stop.m)
+    stop(model, cache)  # warms up
+    start = now(model.device)
+    stop.chance(stop(model, cache)).tolist()
+    return launch, now(model.device) - start
+
+
+def measure_checkpoint(folder, dtype, settings):
+    """A row of figures for each number of REAL_ROWS; of several rounds the fastest counts."""
+    device = torch.device(settings.device)
+    model = load(folder, device, dtype)
+    prompt = Tokenizer(folder).ask(Problem("pencils", QUESTION, "19"))
+    theirs = None
+    if transformers is not None:
+        transformers.logging.set_verbosity_error()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        theirs = theirs.to(device).eval()
+    rows = []
+    for count in REAL_ROWS:
+        seconds = []
+        others = []
+        for _ in range(settings.rounds):
+            seconds.append(ours_of_question(model, prompt, count))
+            if theirs is not None:
+                others.append(theirs_of_question(theirs, prompt, count))
+        row = {
+            "dtype": str(dtype),
+            "prompt": len(prompt),
+            "rows": count,
+            "tok_per_s": count * REAL_NEW / min(seconds)}
+
+        def one_run():
+            ours_of_question(model, prompt, count)
+
+        row["working_memory"] = working_memory(device, one_run)
+        if theirs is not None:
+            row["transformers_tok_per_s"] = count * REAL_NEW / min(others)
+            row["ratio"] = min(others) / min(seconds)
+
+            def one_run_of_theirs():
+                theirs_of_question(theirs, prompt, count)
+
+            row["transformers_working_memory"] = working_memory(device, one_run_of_theirs)
+        launch, check = launch_and_check(model, prompt, count)
+        row["check_over_launch"] = check / launch
+        rows.append(row)
+    return rows
+
+
 def sizes_to_measure(settings):
     """The sizes of --size that this device can take."""
     cuda = torch.device(settings.device).type == "cuda"
@@ -423,9 +520,9 @@ def sizes_to_measure(settings):
     return [size for size in sizes if size in ON_CPU]
 
 
-def show(row):
-    """Print the figures of one size."""
-    print(f"\n{row['size']}: {ROWS} paths, {PROMPT} + {NEW} tokens; times in seconds")
+def show(title, row):
+    """Print the figures of one size, or of one number of rows."""
+    print(f"\n{title}")
     for name, value in row.items():
         text = f"{value:,.4g}" if isinstance(value, float) else value
         print(f"  {name:36}{text}")
@@ -435,7 +532,10 @@ def main(settings):
     """Print one table for each size; the last line is one JSON object."""
     require_positive(settings, "threads", "rounds")
     cuda = torch.device(settings.device).type == "cuda"
-    sizes = sizes_to_measure(settings)
+    if settings.model is None:
+        sizes = sizes_to_measure(settings)
+    elif settings.size != "all":
+        raise ValueError(f"size: found {settings.size!r} beside --model, expected one of the two")
     if transformers is None:
         print("transformers is not installed: ours alone")
     torch.set_num_threads(settings.threads)
@@ -449,14 +549,25 @@ def main(settings):
         "torch": torch.__version__,
         "transformers": transformers and transformers.__version__,
         "sizes": []}
-    for size in sizes:
-        row = measure(size, settings)
-        show(row)
-        for name, value in row.items():
-            if isinstance(value, float):
-                row[name] = round(value, 5)
-        result["sizes"].append(row)
+    if settings.model is not None:
+        for dtype in (settings.dtype or "bfloat16,float32").split(","):
+            for row in measure_checkpoint(settings.model, getattr(torch, dtype), settings):
+                show(f"{settings.model}: {row['rows']} paths, {row['prompt']} + {REAL_NEW} tokens",
+                     row)
+                result["sizes"].append(rounded(row))
+    else:
+        for size in sizes:
+            row = measure(size, settings)
+            show(f"{size}: {ROWS} paths, {PROMPT} + {NEW} tokens; times in seconds", row)
+            result["sizes"].append(rounded(row))
     print(json.dumps(result))
+
+
+def rounded(row):
+    """The row for JSON."""
+    return {
+        name: round(value, 5) if isinstance(value, float) else value
+        for name, value in row.items()}
 
 
 if __name__ == "__main__":
