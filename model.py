@@ -1,4 +1,4 @@
-"""The frozen reasoning model (section 5): Qwen2, Qwen3 and GPT-OSS decoders by hand, from
+"""The frozen reasoning model (section 5): Qwen2, Qwen3, Llama and GPT-OSS decoders by hand, from
 safetensors.
 
     model = load("directory or Hub id", device="cpu", dtype=torch.float32)
@@ -28,16 +28,23 @@ ROWS_AT_ONCE = 64         # rows that share a span of keys; more would read more
 
 
 def rope_frequencies(config):
-    """RoPE's inverse frequencies (D / 2,) float32 and the factor on cos and sin.
-    YaRN (arXiv 2309.00071): a dimension that turns often within the original context keeps its
-    frequency, one that turns seldom is slowed down by `factor`, those between are interpolated."""
+    """RoPE's inverse frequencies (D / 2,) float32 and the factor on cos and sin."""
     rope = config.rope
     D = config.head_dim
-    theta = float(rope["rope_theta"])
     exponents = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").to(torch.float32) / D
-    powers = theta ** exponents
-    if rope["rope_type"] == "default":
-        return 1.0 / powers, 1.0
+    powers = float(rope["rope_theta"]) ** exponents
+    if rope["rope_type"] == "yarn":
+        return yarn_frequencies(powers, rope, D), yarn_scale(config)
+    if rope["rope_type"] == "llama3":
+        return llama3_frequencies(1.0 / powers, rope), 1.0
+    return 1.0 / powers, 1.0
+
+
+def yarn_frequencies(powers, rope, D):
+    """YaRN (arXiv 2309.00071): a dimension that turns often within the original context keeps its
+    frequency, one that turns seldom is slowed down by `factor`, those between are interpolated.
+    powers (D / 2,): the inverse of the frequencies as they were."""
+    theta = float(rope["rope_theta"])
 
     def dimension_that_turns(turns):
         """The (fractional) dimension that turns so many times within the original context."""
@@ -53,14 +60,28 @@ def rope_frequencies(config):
     high = min(high, D - 1)
     index = torch.arange(D // 2, dtype=torch.float32, device="cpu")
     slowed = ((index - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: as it was, 1: by `factor`
-    frequencies = slowed / (rope["factor"] * powers) + (1 - slowed) / powers
+    return slowed / (rope["factor"] * powers) + (1 - slowed) / powers
 
+
+def yarn_scale(config):
+    """YaRN's factor on cos and sin."""
+    rope = config.rope
     scale = rope.get("attention_factor")
     if not scale:
         scale = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
     if config.apply_attn_factor:
         scale *= rope.get("attn_factor", 1.0)
-    return frequencies, scale
+    return scale
+
+
+def llama3_frequencies(frequencies, rope):
+    """Llama 3.1's variant: what turns `high_freq_factor` times or more within the original context
+    keeps its frequency, what turns `low_freq_factor` times or less is slowed down by `factor`."""
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it was, 0: slowed by `factor`
+    return (1 - kept) * frequencies / rope["factor"] + kept * frequencies
 
 
 class Block(NamedTuple):
@@ -166,8 +187,8 @@ def attend(q, k, v, mask, sinks=None):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight. Qwen rounds to the model's dtype before it multiplies by the weight,
-    GPT-OSS after (this shows in half precision only)."""
+    """x / rms(x) * weight. GPT-OSS rounds to the model's dtype after it has multiplied by the
+    weight, the others before (this shows in half precision only)."""
 
     def __init__(self, size, config):
         super().__init__()
@@ -192,12 +213,13 @@ class Attention(nn.Module):
         D = config.head_dim
         qwen3 = config.model_type == "qwen3"
         gpt_oss = config.model_type == "gpt_oss"
+        biased = config.model_type in ("qwen2", "gpt_oss")
         self.layer = layer
         self.head_dim = D
         self.window = config.windows[layer]
-        self.q_proj = Linear(hidden, H * D, bias=not qwen3)
-        self.k_proj = Linear(hidden, K * D, bias=not qwen3)
-        self.v_proj = Linear(hidden, K * D, bias=not qwen3)
+        self.q_proj = Linear(hidden, H * D, bias=biased)
+        self.k_proj = Linear(hidden, K * D, bias=biased)
+        self.v_proj = Linear(hidden, K * D, bias=biased)
         self.o_proj = Linear(H * D, hidden, bias=gpt_oss)
         self.q_norm = RMSNorm(D, config) if qwen3 else nn.Identity()
         self.k_norm = RMSNorm(D, config) if qwen3 else nn.Identity()
@@ -221,7 +243,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Qwen's gated feed-forward."""
+    """The gated feed-forward of Qwen and Llama."""
 
     def __init__(self, config):
         super().__init__()
@@ -260,11 +282,15 @@ class Experts(nn.Module):
     def forward(self, x, weights, chosen):
         """The weighted sum of the chosen experts: x (N, hidden), weights and chosen (N, k)."""
         out = torch.zeros_like(x)
-        for e in range(len(self.down_proj)):
-            row, rank = torch.where(chosen == e)
+        E = len(self.down_proj)
+        chosen = chosen.flatten()
+        by_expert = chosen.argsort(stable=True)  # numbers of (token, rank), flat
+        counts = chosen.new_zeros(E).scatter_add_(0, chosen, torch.ones_like(chosen))
+        for e, places in enumerate(by_expert.split(counts.tolist())):  # one wait
+            row = places // weights.shape[1]
             gate_up = torch.addmm(self.gate_up_proj_bias[e], x[row], self.gate_up_proj[e])
             y = torch.addmm(self.down_proj_bias[e], self._swiglu(gate_up), self.down_proj[e])
-            out.index_add_(0, row, y * weights[row, rank, None])
+            out.index_add_(0, row, y * weights.flatten()[places, None])
         return out
 
     def all_experts(self, x, weights, chosen):

@@ -5,8 +5,8 @@
     tensors = read_weights(folder, config, shapes, device="cuda", dtype=torch.bfloat16)
 
 Everything is read strictly. What would change a hidden state and is not computed here is refused by
-name; what is known to change none is let through. The models are those of the paper's section 5:
-Qwen2, Qwen3 and GPT-OSS.
+name; what is known to change none is let through. The models are those of the paper's section 5,
+Qwen2, Qwen3 and GPT-OSS, and Llama.
 """
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from plumbing.records import read_json
 
-KINDS = ("qwen2", "qwen3", "gpt_oss")
+KINDS = ("qwen2", "qwen3", "llama", "gpt_oss")
 
 USED = set("""
     model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
@@ -36,7 +36,7 @@ USED_BY_GPT_OSS = set("""
 """.split())
 ROPE_KEYS = set("""
     rope_type type rope_theta factor original_max_position_embeddings beta_fast beta_slow truncate
-    attention_factor attn_factor
+    attention_factor attn_factor low_freq_factor high_freq_factor
 """.split())
 
 # Keys that change no hidden state, whatever they hold.
@@ -84,7 +84,7 @@ class Config:
     head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
-    rope: dict                # rope_type, rope_theta, and YaRN's settings
+    rope: dict                # rope_type, rope_theta, and the settings of YaRN or Llama 3
     windows: tuple            # per layer: how many keys a query sees, itself included; None = all
     tie_word_embeddings: bool = False
     experts: int = 0          # GPT-OSS
@@ -114,8 +114,9 @@ class Config:
         hidden = keys.integer("hidden_size")
         inner = keys.integer("intermediate_size")
         context = keys.integer("max_position_embeddings")
-        head_dim = keys.integer("head_dim", hidden // heads if kind == "qwen2" else None)
-        has_biases = kind != "qwen3"
+        derived = hidden // heads if kind in ("qwen2", "llama") else None
+        head_dim = keys.integer("head_dim", derived)
+        has_biases = kind in ("qwen2", "gpt_oss")
 
         keys.require("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu")
         keys.require("num_key_value_heads", heads % kv_heads == 0, f"a divisor of {heads} heads")
@@ -283,7 +284,8 @@ def read_rope(keys, context):
 
     rope_type = given.get("rope_type", given.get("type", "default"))
     rope_keys.raw["rope_type"] = rope_type
-    rope_keys.require("rope_type", rope_type in ("default", "yarn"), "default or yarn")
+    known = ("default", "yarn", "llama3")
+    rope_keys.require("rope_type", rope_type in known, "default, yarn or llama3")
     rope = {"rope_type": rope_type, "rope_theta": rope_keys.number("rope_theta")}
     if rope_type == "yarn":
         original = rope_keys.number("original_max_position_embeddings", context)
@@ -295,6 +297,14 @@ def read_rope(keys, context):
         for key in ("attention_factor", "attn_factor"):
             if key in given:
                 rope[key] = rope_keys.number(key)
+    if rope_type == "llama3":
+        original = rope_keys.number("original_max_position_embeddings", context)
+        rope["original_max_position_embeddings"] = original
+        for key in ("factor", "low_freq_factor", "high_freq_factor"):
+            rope[key] = rope_keys.number(key)
+        low = rope["low_freq_factor"]
+        rises = rope["high_freq_factor"] > low
+        rope_keys.require("high_freq_factor", rises, f"more than low_freq_factor = {low}")
     return rope
 
 
@@ -311,8 +321,8 @@ def fingerprint(config):
 
     rope = {}
     for key, value in config.rope.items():
-        is_yarn = config.rope["rope_type"] != "default"
-        if key == "rope_theta" or is_yarn:  # the other keys are YaRN's
+        is_scaled = config.rope["rope_type"] != "default"
+        if key == "rope_theta" or is_scaled:  # the other keys are YaRN's or Llama 3's
             rope[key] = float(value) if type(value) is int else value
     fields["rope"] = rope
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

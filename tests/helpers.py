@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("STOP_GOLDEN", ROOT / "oracle" / "golden"))
 NAMES = sorted(folder.name for folder in (GOLDEN / "checkpoints").iterdir())
-KINDS = ("qwen2", "qwen3", "gpt_oss")
+KINDS = ("qwen2", "qwen3", "llama", "gpt_oss")
 
 YARN_0528 = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
@@ -58,6 +58,15 @@ GPT_OSS_20B = {
     "sliding_window": 128, "swiglu_limit": 7.0, "attention_bias": True,
     "tie_word_embeddings": False,
     "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+LLAMA_8B = {  # DeepSeek-R1-Distill-Llama-8B
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "head_dim": 128, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
 REAL = {  # the paper's models
     "R1-Distill-Qwen-1.5B": QWEN_1_5B,
     "R1-Distill-Qwen-7B": QWEN_7B,
@@ -101,6 +110,10 @@ def raw_config(kind, **changes):
         "hidden_act": "silu", "tie_word_embeddings": False, "eos_token_id": 3}
     if kind == "qwen3":
         raw["head_dim"] = 12  # not hidden / heads
+    if kind == "llama":  # of its four frequencies one is kept, one interpolated, two slowed down
+        raw["rope_scaling"] = {
+            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16,
+            "low_freq_factor": 0.2, "high_freq_factor": 2.0}
     if kind == "gpt_oss":
         raw |= {
             "head_dim": 8, "num_hidden_layers": 4, "num_local_experts": 5,

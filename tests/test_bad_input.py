@@ -73,7 +73,7 @@ def test_a_lora_target_that_is_not_there(model):
 FLAGS = {  # what is wrong -> (words behind good ones, what the error line must say)
     "no such directory": (["--model", "none"], "none.*no such directory"),
     "unknown flag": (["--temprature", "1"], "temprature"),
-    "unknown architecture": (["--model", "BAD"], "config.json.*model_type.*llama"),
+    "unknown architecture": (["--model", "BAD"], "config.json.*model_type.*mistral"),
     "beyond the context": (["--prompt", "x" * 600], "600.*context of 512"),
     "empty prompt": (["--prompt", ""], "prompt: found '', expected a text of at least one"),
     "n of 0": (["--n", "0"], "n: found 0"),
@@ -105,7 +105,7 @@ def arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     for name in ("good", "bad"):
         write_tokenizer(write_checkpoint(folder / name, raw_config("qwen2", vocab_size=256)))
-    config = raw_config("qwen2", vocab_size=256, model_type="llama")
+    config = raw_config("qwen2", vocab_size=256, model_type="mistral")
     (folder / "bad" / "config.json").write_text(json.dumps(config))
     good = ["--model", str(folder / "good"), "--prompt", "hi", "--max-new-tokens", "4", "--n", "2",
             "--device", "cpu", "--dtype", "float32"]

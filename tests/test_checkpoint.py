@@ -83,6 +83,17 @@ GPT_OSS_20B = {  # config.json of gpt-oss-20b
     "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
     "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
     "vocab_size": 201088}
+LLAMA_8B = {  # config.json of DeepSeek-R1-Distill-Llama-8B
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.3", "use_cache": True, "vocab_size": 128256}
 QWEN2_5_0_5B = BASE_1_5B | {
     "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
     "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24,
@@ -98,6 +109,7 @@ REAL = {
     "DeepSeek-R1-Distill-Qwen-1.5B": BASE_1_5B,
     "DeepSeek-R1-0528-Qwen3-8B": QWEN3_8B,
     "gpt-oss-20b": GPT_OSS_20B,
+    "DeepSeek-R1-Distill-Llama-8B": LLAMA_8B,
     "Qwen2.5-0.5B": QWEN2_5_0_5B,
     "Qwen2.5-Math-PRM-7B": PRM_7B,
     "QwQ-32B": BASE_1_5B | {
@@ -131,6 +143,12 @@ def test_fields_of_the_real_models():
     assert (oss.experts, oss.experts_per_token, oss.quantized) == (32, 4, True)
     assert oss.rope["truncate"] is False
     assert Config.from_dict(QWEN3_8B).rope["attn_factor"] == 0.8782488562869419
+    llama = Config.from_dict(LLAMA_8B)
+    assert llama == Config.from_dict(without_keys(LLAMA_8B, "head_dim"))
+    assert llama.head_dim == 128
+    assert llama.rope == {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     assert Config.from_dict(QWEN3_8B, apply_attn_factor=True).apply_attn_factor
 
 
@@ -198,11 +216,12 @@ def test_a_long_value_is_cut():
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings")
 CONFIGS = [  # architecture, changes, what the message must say
-    ("qwen2", {"model_type": "llama"}, "model_type.*llama.*qwen2"),
+    ("qwen2", {"model_type": "mistral"}, "model_type.*mistral.*qwen2.*llama"),
     ("qwen2", {"model_type": None}, "model_type"),
     ("qwen2", {"model_type": ["qwen2"]}, "model_type"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
@@ -219,7 +238,14 @@ CONFIGS = [  # architecture, changes, what the message must say
     ("qwen3", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type.*linear.*yarn"),
     ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type.*dynamic"),
-    ("qwen2", {"rope_scaling": {"rope_type": "llama3"}}, "rope_type.*llama3"),
+    ("llama", {"attention_bias": True}, "attention_bias: found True, expected False for llama"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("llama", {"use_sliding_window": True}, "use_sliding_window"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
+    ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "low_freq_factor"),
+    ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": "4"}}, "high_freq_factor"),
+    ("llama", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "high_freq_factor.*more than"),
+    ("llama", {"rope_scaling": LLAMA3 | {"mscale": 0.7}}, "mscale"),
     ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope"),
     ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
     ("qwen2", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),

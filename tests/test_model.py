@@ -3,11 +3,13 @@ blocks, and what a config means."""
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
-    GOLDEN, KINDS, NAMES, PARAMETERS, REAL, YARN_0528, YARN_GPT_OSS, close, fill, golden,
+    GOLDEN, KINDS, LLAMA_8B, NAMES, PARAMETERS, REAL, YARN_0528, YARN_GPT_OSS, close, fill, golden,
     meta_model, random_ids, random_model, random_prompt, raw_config, write_checkpoint)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as room
 from lora import LoRA
@@ -139,6 +141,7 @@ def test_golden_rope(case):
 TARGETS = {
     "qwen2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qwen3": ("q_proj", "v_proj", "down_proj"),
+    "llama": ("k_proj", "o_proj", "gate_proj"),
     "gpt_oss": ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 
@@ -277,6 +280,37 @@ def test_experts_one_by_one_and_all_together():
     close(model(ids), torch.cat(pieces, 1))
 
 
+class Waits(TorchDispatchMode):
+    """Counts what waits for the device, were there one: numbers that Python reads, and results
+    whose size depends on data."""
+    WAIT = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "equal.")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        tolist = torch.Tensor.tolist
+
+        def counted(tensor):
+            self.count += 1
+            return tolist(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(name in str(func) for name in self.WAIT)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_experts_loop_waits_once_a_layer(monkeypatch):
+    """However many experts there are: a check over more than 128 positions would else wait for the
+    device hundreds of times."""
+    model = random_model("gpt_oss")
+    ids = random_ids(3, 60)
+    with Waits(monkeypatch) as waits:
+        model(ids)
+    assert waits.count == len(model.model.layers)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", (8, 200))
 def test_a_step_never_asks_the_device(kind, rows):
@@ -359,12 +393,116 @@ def test_the_attn_factor_of_0528_qwen3_8b():
     assert rope_frequencies(given)[1] == 1.25
 
 
+def llama3(dim, theta, rope):
+    """Llama 3.1's inverse frequencies, one dimension at a time, by its wavelength, as in Meta's
+    code (llama-models, apply_scaling)."""
+    original = rope["original_max_position_embeddings"]
+    shortest_slowed = original / rope["low_freq_factor"]
+    longest_kept = original / rope["high_freq_factor"]
+    frequencies = []
+    for i in range(dim // 2):
+        frequency = theta ** (-2 * i / dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength > shortest_slowed:
+            frequency = frequency / rope["factor"]
+        elif wavelength >= longest_kept:
+            smooth = original / wavelength - rope["low_freq_factor"]
+            smooth = smooth / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            frequency = (1 - smooth) * frequency / rope["factor"] + smooth * frequency
+        frequencies.append(frequency)
+    return torch.tensor(frequencies)
+
+
+LLAMA_32_3B = {  # rope_scaling of Llama-3.2-3B
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("dim, theta, rope", (
+    (128, 500000.0, LLAMA_8B["rope_scaling"]),
+    (64, 500000.0, LLAMA_32_3B),
+    (8, 10000.0, raw_config("llama")["rope_scaling"])))
+def test_llama3_frequencies(dim, theta, rope):
+    """Some are kept, some interpolated, some slowed down; cos and sin are not scaled."""
+    raw = raw_config("llama", head_dim=dim, rope_theta=theta, rope_scaling=rope)
+    frequencies, scale = rope_frequencies(Config.from_dict(raw))
+    torch.testing.assert_close(frequencies, llama3(dim, theta, rope), rtol=1e-5, atol=0)
+    assert scale == 1.0
+    plain, _ = rope_frequencies(Config.from_dict(raw | {"rope_scaling": None}))
+    slowness = plain / frequencies
+    factor = rope["factor"]
+    assert (slowness == 1).any()
+    assert torch.isclose(slowness, torch.tensor(factor)).any()
+    assert ((slowness > 1.001) & (slowness < factor - 0.001)).any()
+
+
+def test_a_llama_without_rope_scaling_is_an_ordinary_one():
+    config = Config.from_dict(raw_config("llama", rope_scaling=None))
+    other = Config.from_dict(raw_config("qwen2"))
+    assert config.rope == other.rope
+    assert torch.equal(rope_frequencies(config)[0], rope_frequencies(other)[0])
+
+
+def test_a_llama_in_numpy():
+    """A second decoder, written from the paper's description without torch: RMSNorm, rotated
+    halves, grouped heads, SwiGLU, no biases. One row of 40, past the original context."""
+    model = random_model("llama", num_hidden_layers=2, tie_word_embeddings=True)
+    ids = random_prompt(40)
+    weights = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
+    config = model.config
+    frequencies = llama3(config.head_dim, 10000.0, raw_config("llama")["rope_scaling"])
+    expected = llama_in_numpy(weights, ids, config, frequencies.double().numpy())
+    close(model(torch.tensor([ids]))[0], torch.from_numpy(expected).float(), 1e-5)
+
+
+def llama_in_numpy(weights, ids, config, frequencies):
+    """Hidden states (T, hidden) float64 after the final norm."""
+    T = len(ids)
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    angles = np.outer(np.arange(T), frequencies)
+
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * weights[name]
+
+    def rotate(x):  # (T, D): dimension i turns with dimension i + D / 2
+        first, second = x[:, :D // 2], x[:, D // 2:]
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate((first * cos - second * sin, second * cos + first * sin), 1)
+
+    x = weights["model.embed_tokens.weight"][ids]
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}."
+        normed = norm(x, name + "input_layernorm.weight")
+        q, k, v = (normed @ weights[f"{name}self_attn.{part}_proj.weight"].T for part in "qkv")
+        heads = []
+        for head in range(H):
+            group = head // (H // K)
+            own = slice(head * D, (head + 1) * D)
+            shared = slice(group * D, (group + 1) * D)
+            scores = rotate(q[:, own]) @ rotate(k[:, shared]).T / np.sqrt(D)
+            scores[np.triu_indices(T, 1)] = -np.inf
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(shares / shares.sum(-1, keepdims=True) @ v[:, shared])
+        x = x + np.concatenate(heads, 1) @ weights[name + "self_attn.o_proj.weight"].T
+        normed = norm(x, name + "post_attention_layernorm.weight")
+        gate = normed @ weights[name + "mlp.gate_proj.weight"].T
+        up = normed @ weights[name + "mlp.up_proj.weight"].T
+        x = x + gate / (1 + np.exp(-gate)) * up @ weights[name + "mlp.down_proj.weight"].T
+    return norm(x, "model.norm.weight")
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_parameters_of_the_real_shapes(name):
     """transformers' counts. Catches a bias too many, a head tied or not, head_dim derived instead
     of read."""
     model = meta_model(REAL[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_parameters_of_a_real_llama():
+    """As DeepSeek-R1-Distill-Llama-8B's index counts them: 16,060,522,496 bytes in bfloat16."""
+    model = meta_model(LLAMA_8B)
+    assert 2 * sum(parameter.numel() for parameter in model.parameters()) == 16_060_522_496
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -432,6 +570,9 @@ DRAWN_ROPE = (
     {"factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0, "truncate": False},
     {"factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": True},
     {"factor": 2.0, "beta_fast": 2.0, "beta_slow": 1.0, "truncate": False})
+DRAWN_LLAMA3 = (
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 4.0},
+    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0})
 DRAWN_EXPERTS = (
     {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     {"num_local_experts": 7, "num_experts_per_tok": 3, "sliding_window": 16},
@@ -451,6 +592,8 @@ def drawn_settings(kind, drawn):
     if kind == "gpt_oss":
         settings |= DRAWN_EXPERTS[drawn]
         settings["rope_parameters"] = rope | DRAWN_ROPE[drawn]
+    elif kind == "llama" and drawn > 0:
+        settings["rope_parameters"] = rope | DRAWN_LLAMA3[drawn - 1]
     elif drawn == 1:
         settings["rope_parameters"] = rope
     return settings
