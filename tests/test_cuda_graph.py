@@ -119,6 +119,10 @@ def tokens_of(groups):
     return [path.ids for group in groups for path in group]
 
 
+def by_name(paths):
+    return {path.name: (path.ids, path.status) for path in paths}
+
+
 @pytest.mark.parametrize("batch", (27, 10, 4))
 @pytest.mark.parametrize("eos", ((), EOS), ids=("no ends", "early ends"))
 def test_replayed_steps_change_no_token(model, captured, batch, eos):
@@ -151,8 +155,8 @@ def test_steps_are_captured_anew_after_a_check(model, captured):
     expected = launch_check_resume(model, stop, random_prompt(9), **settings)
     recorder = captured(model)
     paths = launch_check_resume(model, stop, random_prompt(9), **settings)
-    assert [path.ids for path in paths] == [path.ids for path in expected]
-    assert [path.status for path in paths] == [path.status for path in expected]
+    # New branches stand in the order of their rows, and rows leave in other groups on CUDA.
+    assert by_name(paths) == by_name(expected)
     assert recorder.captures >= 3
 
 
