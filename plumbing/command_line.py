@@ -20,7 +20,7 @@ import types
 import torch
 
 import plumbing
-from plumbing import processes
+from plumbing import kept, processes
 
 KEPT = "finished records are kept: the same command takes them up"
 NOTHING_KEPT = "nothing was kept: the same command begins again"
@@ -193,8 +193,8 @@ def command_line(settings, main, recipe=None, shares_work=False):
     may run this script side by side. What a user can mend is one line on stderr: exit status 2 for
     a mistake (ValueError, OSError) or too little memory, 130 for an interruption."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
+        stream.reconfigure(errors="backslashreplace")  # a locale without UTF-8 loses no text
+    kept.begin()
     if signal.getsignal(signal.SIGINT) is plumbing.leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     resolved = None
@@ -202,6 +202,7 @@ def command_line(settings, main, recipe=None, shares_work=False):
     source = None
     try:
         flags = parse(settings)
+        processes.check_environment()
         if processes.launched() > 1 and not shares_work:
             raise ValueError(
                 f"torchrun: found {processes.launched()} processes, expected 1: here each would do "
@@ -215,15 +216,16 @@ def command_line(settings, main, recipe=None, shares_work=False):
         if processes.is_first():
             print(f"settings: {json.dumps(dataclasses.asdict(resolved))}", flush=True)
         main(resolved)
-        flush_stdout()  # a full disk is to be found out here, not behind all handlers
+        sys.stdout.flush()  # a full disk is to be found out here, not behind all handlers
+        processes.leave()
     except KeyboardInterrupt:
-        stop_with(130, f"interrupted; {what_is_kept(resolved)}")
+        stop_with(130, f"interrupted; {what_is_kept()}")
     except BrokenPipeError:  # whoever read the output has read enough
         stop_with(141, "")
     except ValueError as error:
         stop_with(2, f"error: {one_line(name_source(str(error), defaults, source))}")
     except OSError as error:
-        full = f"; {what_is_kept(resolved)}" if error.errno == errno.ENOSPC else ""
+        full = f"; {what_is_kept()}" if error.errno == errno.ENOSPC else ""
         stop_with(2, f"error: {one_line(error)}{full}")
     except (RuntimeError, MemoryError) as error:
         if is_other_process(error):
@@ -231,7 +233,7 @@ def command_line(settings, main, recipe=None, shares_work=False):
         if not is_out_of_memory(error):
             raise
         stop_with(2, "error: out of memory: lower --batch (rows at a time), --max-new-tokens or "
-                     f"--n; {what_is_kept(resolved)}")
+                     f"--n; {what_is_kept()}")
 
 
 def name_source(message, defaults, source):
@@ -241,16 +243,9 @@ def name_source(message, defaults, source):
     return f"{source}: {message}" if source and name in defaults else message
 
 
-def what_is_kept(settings):
+def what_is_kept():
     """What an interrupted run leaves for the next one, in words."""
-    writes = hasattr(settings, "out") and (settings.out or not hasattr(settings, "prompt"))
-    return KEPT if writes else NOTHING_KEPT
-
-
-def flush_stdout():
-    """Write what stdout still holds; there may be no stdout."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    return KEPT if kept.is_some() else NOTHING_KEPT
 
 
 def stop_with(status, line):
@@ -261,7 +256,9 @@ def stop_with(status, line):
         if line and (processes.is_first() or not alike):
             print(line, file=sys.stderr, flush=True)
     try:
-        flush_stdout()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if processes.count() > 1:
+        os._exit(status)  # as in processes.leave
     sys.exit(status)

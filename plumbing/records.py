@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from plumbing import processes
+from plumbing import kept, processes
 
 LEFTOVER = re.compile(r".+\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)  # beside the file it was to be
 
@@ -85,6 +85,7 @@ def write_sealed(file, identity, content):
     """Write bytes below a line with their seal: a digest of an identity (text) and of them."""
     seal = hashlib.sha256(identity.encode() + content).hexdigest()
     write_atomic(file, seal.encode() + b"\n" + content)
+    kept.note()
 
 
 def read_sealed(file, identity, advice):
@@ -93,6 +94,7 @@ def read_sealed(file, identity, advice):
     seal, _, content = Path(file).read_bytes().partition(b"\n")
     if seal.decode("latin-1") != hashlib.sha256(identity.encode() + content).hexdigest():
         raise ValueError(f"{file}: damaged, or another run's: {advice}")
+    kept.note()
     return content
 
 
@@ -144,6 +146,7 @@ class Job:
         self.records[i] = self.heads[i] | fields
         self.order.append(i)
         self.output.write(self._line(i))
+        kept.note()
 
     def finish(self):
         """All records, in order; then the one file holds them in order, whatever was
@@ -195,6 +198,7 @@ class Job:
                 if self.records[number] is None:
                     self.records[number] = record
                     self.order.append(number)
+                    kept.note()
                 elif file == self.file:  # a part may repeat it: `finish` was killed before it left
                     raise ValueError(f"{place}: found a record for the second time: remove it")
 

@@ -51,27 +51,35 @@ def test_an_interruption_while_the_imports_run_is_one_line():
 
 def test_an_interruption_of_a_run_says_what_is_kept(world, tmp_path):
     out = tmp_path / "out"
-    words = ["--model", world, "--out", out, "--n", "9999", "--max-new-tokens", "50",
+    words = ["--model", world, "--out", out, "--n", "60", "--max-new-tokens", "50",
              "--device", "cpu", "--dtype", "float32", "--batch", "2"]
     running = start_script("eval.py", words)
-    wait_for(lambda: list(out.glob("paths-*")), running)
+    wait_for(lambda: any(file.stat().st_size for file in out.glob("paths-*")), running)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=100)
     assert (running.returncode, err) == (130, f"interrupted; {KEPT}\n")
     assert not (out / "lock").exists()
 
 
-@pytest.mark.parametrize("script, kept", (
-    ("sample", NOTHING_KEPT), ("stop", NOTHING_KEPT), ("train", KEPT), ("eval", KEPT)))
-def test_what_is_kept_is_said_as_it_is(world, tmp_path, monkeypatch, script, kept):
+@pytest.mark.parametrize("script", ("sample", "stop", "train", "eval"))
+def test_a_run_that_has_finished_nothing_says_so(world, tmp_path, monkeypatch, script):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    module = hostile.SCRIPTS[script]
-    monkeypatch.setattr(module, "open_model", interrupted)
-    words = ["--out", str(tmp_path)] if kept == KEPT else []
+    monkeypatch.setattr(hostile.SCRIPTS[script], "open_model", interrupted)
+    words = ["--out", str(tmp_path)] if script in ("train", "eval") else []
     status, _, err = hostile.run(script, world, *words)
-    assert (status, err) == (130, f"interrupted; {kept}\n")
+    assert (status, err) == (130, f"interrupted; {NOTHING_KEPT}\n")
+
+
+def test_what_an_earlier_run_has_finished_is_kept(world, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    assert hostile.run("eval", world, "--out", str(tmp_path))[0] == 0
+    monkeypatch.setattr(hostile.SCRIPTS["eval"], "evaluate", interrupted)
+    status, _, err = hostile.run("eval", world, "--out", str(tmp_path))
+    assert (status, err) == (130, f"interrupted; {KEPT}\n")
 
 
 # -------------------------------------------------------------------------------------- output
@@ -102,6 +110,14 @@ def test_a_reader_who_has_read_enough_is_no_error(world):
 
 def test_a_closed_stdout_is_no_error(world):
     assert shell(world, ">&-") == (0, "", "")
+
+
+@pytest.mark.parametrize("words, status, printed", (
+    ([], 0, True), (["--n", "0"], 2, False)))
+def test_a_closed_stderr_changes_nothing_else(world, words, status, printed):
+    found, out, err = shell(world, "2>&-", words)
+    assert (found, err) == (status, "")
+    assert out.splitlines()[-1].startswith('{"tokens": ') == printed
 
 
 def test_a_locale_without_utf_8_loses_no_text(world):
