@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.checkpoint import is_there
 from plumbing.command_line import shown
+from plumbing.files import is_there
 from plumbing.records import read_json, write_atomic
 
 NAME = "plan.json"

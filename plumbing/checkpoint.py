@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -21,7 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from plumbing.records import read_json
+from plumbing.files import is_there, require_file
+from plumbing.records import KeyTwice, read_json
 
 KINDS = ("qwen2", "qwen3", "llama", "gpt_oss")
 
@@ -69,6 +69,7 @@ NEUTRAL = {"is_causal": True, "partial_rotary_factor": 1.0, "scale_attn_weights"
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 LARGEST = 2 ** 31  # of an integer in a config.json
 LARGEST_FLOAT = 2 ** 127  # of another number: what float32 holds
+LARGEST_HEADER = 100_000_000  # bytes of a safetensors header, as in the library
 
 
 @dataclasses.dataclass
@@ -353,12 +354,6 @@ def find_folder(path):
     return Path(folder)
 
 
-def is_there(file):
-    """Whether an optional file is there; it may then be a folder or a dangling link, which its
-    reader refuses."""
-    return os.path.lexists(file)
-
-
 def read_config(folder, apply_attn_factor=False):
     """The Config of a checkpoint's folder, with eos_ids. Raises ValueError naming file and key."""
     file = folder / "config.json"
@@ -419,7 +414,7 @@ def read_weights(folder, config, shapes, device, dtype):
     tensors = {}
     parts = {}  # of MXFP4: blocks and scales may lie in different shards
     for file, names in names_by_file(stored).items():
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file) as opened:
             for name in names:
                 mapped = opened.get_tensor(name)
                 if name.endswith(PACKED):
@@ -452,9 +447,9 @@ def list_shards(folder):
     """The paths of a checkpoint's safetensors files: one, or those that the index names."""
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    if single.is_file():
+    if is_there(single):
         return [single]
-    if not index.is_file():
+    if not is_there(index):
         raise ValueError(f"{folder}: neither {single.name} nor {index.name}: not a checkpoint")
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
@@ -472,15 +467,37 @@ def require_memory(error):
         raise MemoryError(str(error)) from None
 
 
+def open_tensors(file):
+    """The library's reader of a safetensors file. ValueError naming the file where it is not one,
+    or where its header names a tensor twice, of which the library takes the last."""
+    check_header(file)
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # SafetensorError, OSError; other versions raise others
+        require_memory(error)
+        raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+
+
+def check_header(file):
+    """Raise ValueError unless a safetensors file is a plain file, or where a key stands twice in
+    its header (8 bytes of length, little end first, then JSON)."""
+    require_file(file)
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, LARGEST_HEADER))
+    try:
+        read_json(f"{file}: header", header)
+    except KeyTwice:
+        raise
+    except ValueError:
+        pass  # the library says what is wrong with it
+
+
 def list_tensors(folder):
     """{tensor name: StoredTensor} of a checkpoint, from its files' headers alone."""
     stored = {}
     for file in list_shards(folder):
-        try:
-            opened = safe_open(file, framework="pt")
-        except Exception as error:  # SafetensorError, OSError; other versions raise others
-            require_memory(error)
-            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+        opened = open_tensors(file)
         for name in opened.keys():
             if name in stored:
                 raise ValueError(f"{file}: {name}: found twice, in {stored[name].file.name} too")
@@ -554,7 +571,7 @@ def unpack_complete(parts, tensors, name, file, dtype):
 
 def check_tied_head(head, embeddings):
     """Raise ValueError unless the lm_head.weight on disk equals the embeddings it is tied to."""
-    with safe_open(head.file, framework="pt") as opened:
+    with open_tensors(head.file) as opened:
         weight = opened.get_tensor("lm_head.weight").to(embeddings)
     if not torch.equal(weight, embeddings):
         raise ValueError(
@@ -590,6 +607,9 @@ def parameter_bytes(shapes, dtype):
 def read_tensors(file, *names):
     """{name: tensor} of a .safetensors, .bin or .pth file: these names, or all. ValueError naming
     the file."""
+    require_file(file)
+    if file.suffix == ".safetensors":
+        check_header(file)
     try:
         if file.suffix == ".safetensors":
             found = load_file(file)

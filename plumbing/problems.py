@@ -20,6 +20,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HTTPError
 
+from plumbing.answers import extract_answer
+from plumbing.files import foreign_format, read_bytes
 from plumbing.records import read_json, read_records
 
 LETTERS = "ABCDEF"  # ZebraLogic has six options
@@ -34,6 +36,9 @@ PARQUET = (
     "parquet needs converting to JSON lines first (aime_2024, aime_2025, brumo_2025, hmmt_25 and "
     "zebralogic_hard are JSON files in data/benchmark of github.com/bijiaxihh/STOP)"
 )
+# A reference of more characters or plain words than this is a worked solution.
+LONGEST_ANSWER = 300
+MOST_WORDS = 20
 # The paper's sentences, word for word.
 ASK_FOR_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 ASK_FOR_LETTER = (
@@ -69,10 +74,12 @@ def read_problems(path):
     """The problems of one source, in its order, as list[Problem].
 
     path: a JSON list, JSON lines or CSV file, or hf:owner/dataset or hf:owner/dataset/file (Hub).
-    Keys, in either case: `problem` or `question` (behind SVAMP's `body`, where there is one);
-    `answer`, text or a number; if wanted `id` (else
-    `record id`, `problem_idx`, the position from 1) and `options` or `choices`, by letter or a
-    list: the answer is then a letter. GPQA's four answers are shuffled, always the same way.
+    Keys, in either case: `problem` or `question` (behind the `body` of SVAMP and ASDiv, where there
+    is one); `answer`, text or a number; if wanted `id` (else `record id`, `problem_idx`, the
+    position from 1) and `options` or `choices`, by letter or a list: the answer is then a letter,
+    which may stand under `correct` (AQuA). GPQA's four answers are shuffled, always the same way.
+    Of a worked solution the answer is what stands behind GSM8K's last `####`, or in the last box;
+    without an `answer` it is the box of the `solution` (MATH).
     ValueError in one line names file, record and key.
     """
     try:
@@ -197,8 +204,11 @@ def _records(path):
 
     A place is "FILE:LINE" or "FILE: record NUMBER".
     """
-    content = Path(path).read_bytes()
-    if str(path).endswith(".csv"):
+    content = read_bytes(path)
+    foreign = foreign_format(content)
+    if foreign is not None:
+        raise ValueError(f"{path}: {foreign}")
+    if str(path).lower().endswith(".csv"):
         records = _csv_rows(path, content)
     elif content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         records = read_json(path, content, list)
@@ -211,15 +221,24 @@ def _records(path):
 
 
 def _csv_rows(path, content):
-    """The rows of a CSV file as dicts. ValueError where one has more cells than the header."""
+    """The rows of a CSV file as dicts. ValueError where one has more cells than the header, or
+    where a name stands twice in that."""
     try:
         text = content.decode("utf-8-sig")
         if "\0" in text:  # newer versions of Python read it
             raise csv.Error("it contains NUL")
         file = io.StringIO(text, newline="")
-        rows = list(csv.DictReader(file, restkey="surplus", strict=True))
+        reader = csv.DictReader(file, restkey="surplus", strict=True)
+        rows = list(reader)
+        header = reader.fieldnames or []
     except (UnicodeError, csv.Error) as error:
         raise ValueError(f"{path}: not CSV: {error}") from None
+    if len(header) == 1 and re.search("[;|]", header[0]):
+        raise ValueError(f"{path}: found the header {_cut(repr(header[0]), 60)}, expected commas "
+                         "between the cells: write it as CSV with commas")
+    for name in header:
+        if header.count(name) > 1:
+            raise ValueError(f"{path}: {_cut(name, 60)}: found this column twice, expected it once")
     for number, row in enumerate(rows, 1):
         place = f"{path}: record {number}"
         _expect("surplus" not in row, place, row, "surplus", "a cell for each name in the header")
@@ -230,7 +249,13 @@ def _lower_case_keys(place, record):
     """The record with its keys in lower case."""
     if not isinstance(record, dict):
         raise ValueError(f"{place}: found {type(record).__name__}, expected a JSON object")
-    return {key.lower(): value for key, value in record.items()}
+    lower = {}
+    for key, value in record.items():
+        if key.lower() in lower:
+            raise ValueError(f"{place}: {_cut(key, 60)}: found this key twice, in upper and lower "
+                             "case, expected it once")
+        lower[key.lower()] = value
+    return lower
 
 
 def _is_after_training(place, record):
@@ -270,7 +295,7 @@ def _problem(place, record, position, taken):
 
 def _question(place, record):
     """(its key, the question)."""
-    key = "question" if "question" in record and "problem" not in record else "problem"
+    key = _first_of(record, "problem", "question", "question_concat")
     text = record.get(key)
     good = isinstance(text, str) and text.strip()
     _expect(good, place, record, key, "the text of a `problem` or `question`")
@@ -281,32 +306,91 @@ def _question(place, record):
     return key, text
 
 
+def _first_of(record, *keys):
+    """The first of some keys that a record holds; if none, the first."""
+    return next((key for key in keys if key in record), keys[0])
+
+
 def _options(place, record):
     """The options as {letter: text}, or None."""
-    key = "options" if "options" in record else "choices"
+    key = _first_of(record, "options", "choices")
     options = record.get(key)
     if options is None:
         return None
     if isinstance(options, list) and len(options) <= len(LETTERS):
-        options = dict(zip(LETTERS, options))
+        options = dict(zip(LETTERS, _without_letters(options)))
     good = isinstance(options, dict) and options and set(options) <= set(LETTERS)
     _expect(good, place, record, key, f"letters {LETTERS[0]} to {LETTERS[-1]}")
     return options
 
 
+def _without_letters(options):
+    """A list of options, without their letters where all have theirs: AQuA's "A)21"."""
+    texts = []
+    for letter, option in zip(LETTERS, options):
+        match = re.fullmatch(rf"\s*\(?{letter}[).:]\s*(\S.*)", str(option), re.DOTALL)
+        if match is None:
+            return options
+        texts.append(match[1])
+    return texts
+
+
 def _answer(place, record, options):
     """The answer as text; a letter where there are options."""
-    value = record.get("answer")
+    key = _first_of(record, "answer", "solution" if options is None else "correct")
+    value = record.get(key)
     good = type(value) in (str, int, float) and str(value).strip()  # bool is no number here
-    _expect(good, place, record, "answer", "text or a number")
+    _expect(good, place, record, key, "text or a number")
     if isinstance(value, float):
-        _expect(math.isfinite(value), place, record, "answer", "a finite number")
+        _expect(math.isfinite(value), place, record, key, "a finite number")
         value = int(value) if value.is_integer() else value  # SVAMP's 51.0
     answer = str(value).strip()
     if options is not None:
         letters = ", ".join(options)
-        _expect(answer in options, place, record, "answer", f"one of the letters {letters}")
+        _expect(answer in options, place, record, key, f"one of the letters {letters}")
+        return answer
+    if key == "solution" or re.search(r"####|\\f?boxed", answer):
+        answer = _final_answer(answer)
+        expected = "one with its final answer in \\boxed{}, or behind ####, or a key `answer`"
+        _expect(answer, place, record, key, expected)
+    if "body" in record:
+        answer = _without_units(answer)
+    expected = (
+        f"the final answer alone: on one line, of at most {LONGEST_ANSWER} characters and "
+        f"{MOST_WORDS} words (or a solution with it in \\boxed{{}}, or behind ####)")
+    _expect(not _is_solution(answer), place, record, key, expected)
     return answer
+
+
+def _final_answer(solution):
+    """What stands behind the last #### of a worked solution (GSM8K), or in its last box (MATH), or
+    None."""
+    if "####" in solution:
+        return _plain_number(solution.rpartition("####")[2].strip())
+    box = extract_answer(solution, whole=True)
+    unbraced = re.findall(r"\\boxed +([^\s{}$]+)\$", solution)  # some of MATH's: $\boxed 2$
+    return unbraced[-1] if box is None and unbraced else box
+
+
+def _plain_number(text):
+    """1,200 and $18 as a number alone; any other text as it is."""
+    match = re.fullmatch(r"\\?\$?(-?)\\?\$? ?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?", text)
+    return match[1] + match[2].replace(",", "") + (match[3] or "") if match else text
+
+
+def _without_units(answer):
+    """ASDiv's answers without the units behind them: "9 (apples); 4 (pears)" -> "9, 4"."""
+    parts = re.split(r"\s*;\s*", answer)
+    return ", ".join(re.sub(r"\s+\([^()\d]+\)$", "", part) for part in parts)
+
+
+def _is_solution(answer):
+    """Whether an answer is a worked solution, which no answer of a model will equal."""
+    lines = [line for line in answer.splitlines() if line.strip()]
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", answer)
+    is_long = len(answer) > LONGEST_ANSWER or len(words) > MOST_WORDS
+    is_matrix = "\\begin{" in answer
+    return is_long or len(lines) > 1 and not is_matrix or re.search("<<.*=.*>>", answer) is not None
 
 
 def _id(place, record, position, taken):

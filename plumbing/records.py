@@ -4,6 +4,7 @@ moment.
 Nothing here belongs to the paper. Whatever a run leaves in its folder is written whole or not at
 all, and is believed later only if its seal says that this run wrote it.
 """
+import collections
 import contextlib
 import fcntl
 import glob
@@ -14,20 +15,27 @@ import re
 from pathlib import Path
 
 from plumbing import kept, processes
+from plumbing.files import (
+    FILE_SUFFIXES, foreign_format, is_there, read_bytes, require_file, target, unfinished, what_is)
 
-LEFTOVER = re.compile(r".+\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)  # beside the file it was to be
+LEFTOVER = re.compile(r"(.+)\.(\d{1,7})\.[0-9a-f]{8}\.tmp", re.DOTALL)  # see `files.unfinished`
+LOCK = b"stop: a run is at work here\n"  # in each lock file, which is told by it
+
+
+class KeyTwice(ValueError):
+    """A key of a JSON object that stands twice in it."""
 
 
 def read_json(path, raw=None, expected=dict):
     """The object (or `expected`: list) in a JSON file, or in `raw`, bytes of it. ValueError in one
-    line naming path."""
+    line naming path; KeyTwice, which is one, names a key that stands twice too."""
+    content = read_bytes(path) if raw is None else raw
     try:
-        content = Path(path).read_bytes() if raw is None else raw
-        value = json.loads(content.decode("utf-8-sig").rstrip())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        value = json.loads(content.decode("utf-8-sig").rstrip(), object_pairs_hook=_unique)
+    except KeyTwice as error:
+        raise KeyTwice(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:  # also not UTF-8, or a nesting without end
-        reason = str(error).replace("line 1 column", "column")
+        reason = foreign_format(content) or str(error).replace("line 1 column", "column")
         raise ValueError(f"{path}: not JSON: {reason}") from None
     if not isinstance(value, expected):
         names = {dict: "object", list: "list"}
@@ -35,9 +43,20 @@ def read_json(path, raw=None, expected=dict):
     return value
 
 
+def _unique(pairs):
+    """The dict of a JSON object's keys and values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        (twice, _), = counts.most_common(1)
+        raise KeyTwice(f"{repr(twice)[:60]}: found this key twice in an object, expected it once")
+    return found
+
+
 def read_records(path):
     """Yield (line number, dict) for each non-blank line of a JSON-lines file. ValueError names
     file and line."""
+    require_file(path)
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             if raw.strip():
@@ -46,9 +65,12 @@ def read_records(path):
 
 def write_atomic(path, data):
     """Put str or bytes at `path`, all or nothing: after a failure the old file is intact and no
-    other is left."""
+    other is left. A link stays, and the file behind it is written. ValueError where something else
+    than a file lies there."""
     content = data.encode() if isinstance(data, str) else data
-    beside = Path(f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    path = target(path)
+    _remove_leftovers_of(path)
+    beside = Path(unfinished(path))
     try:
         with open(beside, "xb") as file:
             file.write(content)
@@ -68,7 +90,7 @@ def digest(*parts):
 def claim(file, settings):
     """Write a run's settings (a dict) to `file`, or make sure that the file there holds the same.
     ValueError naming the key where it holds a run with others."""
-    if Path(file).is_file():
+    if is_there(file):
         found = read_json(file)
         for key in sorted(found.keys() | settings.keys()):
             if key not in found or key not in settings or found[key] != settings[key]:
@@ -76,8 +98,10 @@ def claim(file, settings):
                 asked = repr(settings.get(key, "no such key"))[:60]
                 raise ValueError(
                     f"{file}: {key}: found {shown}, expected {asked} as asked: take another --out")
-    elif processes.is_first():
-        write_atomic(file, json.dumps(settings, indent=1) + "\n")
+        settings = found
+    content = json.dumps(settings, indent=1) + "\n"
+    if processes.is_first() and not (is_there(file) and read_bytes(file) == content.encode()):
+        write_atomic(file, content)  # the same settings in another spacing are written anew
     processes.wait_for_all()
 
 
@@ -91,7 +115,7 @@ def write_sealed(file, identity, content):
 def read_sealed(file, identity, advice):
     """The bytes that `write_sealed` wrote for this identity. ValueError with an advice where they
     are not."""
-    seal, _, content = Path(file).read_bytes().partition(b"\n")
+    seal, _, content = read_bytes(file).partition(b"\n")
     if seal.decode("latin-1") != hashlib.sha256(identity.encode() + content).hexdigest():
         raise ValueError(f"{file}: damaged, or another run's: {advice}")
     kept.note()
@@ -121,9 +145,8 @@ class Job:
         self.identity = identity
         self.heads = heads
         self.records = [None] * len(heads)
-        self.order = []  # record numbers as they stand in the file
         self.output = None
-        require_plain_file(self.file)
+        target(self.file)
         self._read()
 
     def todo(self):
@@ -144,7 +167,6 @@ class Job:
     def add(self, i, fields):
         """Write record i: its head and these fields."""
         self.records[i] = self.heads[i] | fields
-        self.order.append(i)
         self.output.write(self._line(i))
         kept.note()
 
@@ -158,9 +180,9 @@ class Job:
         if missing:
             raise ValueError(f"{self.file}: {missing} of {len(self.heads)} records are missing")
         processes.wait_for_all()
-        if processes.is_first() and (self.order != list(range(len(self.heads))) or self._parts()):
-            lines = [self._line(i) for i in range(len(self.heads))]
-            write_atomic(self.file, "".join(lines))
+        if processes.is_first():
+            if not self._is_whole():
+                write_atomic(self.file, "".join(self._line(i) for i in range(len(self.heads))))
             for part in self._parts():
                 part.unlink()
         processes.wait_for_all()
@@ -169,6 +191,16 @@ class Job:
     def _line(self, i):
         record = self.records[i]
         return json.dumps(record | {"seal": digest(self.identity, record)}) + "\n"
+
+    def _is_whole(self):
+        """Whether the one file holds the lines of all records, in order, and nothing else."""
+        if not self.file.exists():
+            return False
+        with open(self.file, "rb") as file:
+            for i in range(len(self.heads)):
+                if file.readline() != self._line(i).encode():
+                    return False
+            return not file.read(1)
 
     def _parts(self):
         """Files of single processes, which a killed run may have left."""
@@ -179,9 +211,8 @@ class Job:
         numbers = {digest(head): i for i, head in enumerate(self.heads)}
         head_keys = set().union(*self.heads)
         self.records = [None] * len(self.heads)
-        self.order = []
         for file in [self.file, *self._parts()]:
-            if not file.is_file():
+            if not file.exists():
                 continue
             _cut_torn_line(file)
             for line, record in read_records(file):
@@ -197,21 +228,14 @@ class Job:
                     raise ValueError(f"{place}: found a record that was not asked for: remove it")
                 if self.records[number] is None:
                     self.records[number] = record
-                    self.order.append(number)
                     kept.note()
                 elif file == self.file:  # a part may repeat it: `finish` was killed before it left
                     raise ValueError(f"{place}: found a record for the second time: remove it")
 
 
-def require_plain_file(file):
-    """Raise ValueError where something else than a file stands in a file's place."""
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{file}: found a folder or a device, expected a file or none")
-
-
 def _cut_torn_line(file):
     """Cut what a killed writer left of its last line."""
-    content = file.read_bytes()
+    content = read_bytes(file)
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(file, whole)
@@ -220,11 +244,12 @@ def _cut_torn_line(file):
 @contextlib.contextmanager
 def locked(path):
     """Hold `path` (a run's folder, or a file) for this process alone, with a lock file beside or
-    in it. ValueError where another process holds it. A lock whose process has died is free, and
-    what that process left half written is removed."""
+    in it. ValueError where another process holds it, or where something lies there that no run
+    leaves. A lock whose process has died is free, and what that process left half written is
+    removed."""
     path = Path(path)
     lock = path / "lock" if path.is_dir() else Path(f"{path}.lock")
-    with open(lock, "w") as file:
+    with _open_lock(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_ino != os.stat(lock).st_ino:
@@ -234,19 +259,78 @@ def locked(path):
                 f"{path}: another process is at work there: wait for it, or choose another "
                 "--out") from None
         try:
+            _mark(file)
             remove_leftovers(path)
+            _require_plain_content(path)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _open_lock(lock):
+    """Open a lock file. ValueError, and it is left alone, where what lies there is not ours."""
+    if is_there(lock) and (lock.is_symlink() or what_is(lock) != "a file" or not _is_ours(lock)):
+        raise ValueError(
+            f"{lock}: found something else under this name, expected a run's lock or nothing: "
+            "move it away, or choose another --out")
+    return open(lock, "ab")
+
+
+def _is_ours(lock):
+    """Whether a file holds what `_mark` writes, or the beginning of it, as after a kill."""
+    try:
+        with open(lock, "rb") as file:
+            return LOCK.startswith(file.read(len(LOCK) + 1))
+    except FileNotFoundError:  # its holder has left in this moment
+        return True
+
+
+def _mark(file):
+    """Make a lock file that is held known as ours."""
+    file.write(LOCK[os.fstat(file.fileno()).st_size:])
+    file.flush()
+
+
+def _require_plain_content(path):
+    """Raise ValueError where in a run's folder something else than files and folders lies, or a
+    folder that has a file's name: it would be read or written only later."""
+    if not path.is_dir():
+        return
+    for file in [*path.iterdir(), *path.glob("stop/*")]:
+        found = what_is(file)
+        is_folder = found == "a folder" and file.suffix not in FILE_SUFFIXES
+        if not is_folder and found not in ("a file", None):
+            raise ValueError(f"{file}: found {found}, expected a file or none")
 
 
 def remove_leftovers(path):
     """Remove the unfinished files of killed writers (`write_atomic`): in a run's folder and its
     stop/, or beside a file."""
     if path.is_dir():
-        found = [*path.glob("*.tmp"), *path.glob("stop/*.tmp")]
+        for file in [*path.glob("*.tmp"), *path.glob("stop/*.tmp")]:
+            if LEFTOVER.fullmatch(file.name) and not file.is_symlink():
+                file.unlink()
     else:
-        found = path.parent.glob(f"{glob.escape(path.name)}.*.tmp")
-    for file in found:
-        if LEFTOVER.fullmatch(file.name) and not file.is_symlink():
-            file.unlink()
+        _remove_leftovers_of(target(path))
+
+
+def _remove_leftovers_of(path):
+    """Remove the unfinished files of one target whose writers have died."""
+    folder, name = os.path.split(path)
+    with os.scandir(folder) as found:
+        for file in found:
+            match = LEFTOVER.fullmatch(file.name)
+            if match and match[1] == name and file.is_file(follow_symlinks=False):
+                if not _is_alive(int(match[2])):
+                    os.unlink(file.path)
+
+
+def _is_alive(process):
+    """Whether a process of this number runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from safetensors.torch import save
 
+from plumbing.files import is_there, read_bytes
 from plumbing.records import Job, digest, locked, write_atomic
 
 
@@ -98,11 +99,11 @@ def _require_traces(job, prefixes, trace):
         if record is None:
             continue
         file = _trace_file(trace, prefix)
-        if not file.is_file():
+        if not is_there(file):
             raise ValueError(
                 f"{file}: missing, but {job.file} has its score: choose another --out, or remove "
                 "the file")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != record.get("trace"):
+        if hashlib.sha256(read_bytes(file)).hexdigest() != record.get("trace"):
             raise ValueError(
                 f"{file}: found other states than those of its score in {job.file}: remove both")
 

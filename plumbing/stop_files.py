@@ -11,18 +11,26 @@ import json
 import re
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save
 
-from plumbing.checkpoint import Keys, is_finite, read_tensors, tensors_digest
+from plumbing.checkpoint import Keys, is_finite, open_tensors, read_tensors, tensors_digest
+from plumbing.files import is_there, read_bytes
 from plumbing.records import read_json, write_atomic
 
 DESCRIPTION = ("m", "shared", "rank", "alpha", "targets", "head", "base_fingerprint")
 
-# Settings of PEFT under which its adapter computes something else than (alpha / r) B A x.
-PEFT_CHANGES = (
-    "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
-    "lora_bias", "fan_in_fan_out", "target_parameters", "layer_replication", "use_qalora")
+# An adapter_config.json of PEFT. Those of its keys that are read here:
+PEFT_USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"}
+# Those that change no score, whatever they hold:
+PEFT_INERT = set("""
+    auto_mapping base_model_name_or_path revision peft_version inference_mode task_type
+    megatron_core qalora_group_size eva_config loftq_config corda_config lora_ga_config
+""".split())
+# Any other must be off: under it PEFT computes something else than (alpha / r) B A x, or on other
+# tokens or layers. Of its ways to begin a training these leave the base model as it is; the others
+# (pissa, olora, corda, loftq, lora_ga) take the adapter's first product out of the base weights.
+PEFT_OFF = (None, False, {}, [], "", "none")
+PEFT_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclasses.dataclass
@@ -75,7 +83,7 @@ def read_trained(trained, json_file):
 
 def read_metadata(file):
     """The description of the module in the metadata of stop.safetensors."""
-    with safe_open(file, "pt") as opened:
+    with open_tensors(file) as opened:
         metadata = opened.metadata() or {}
     if "stop" not in metadata:
         raise ValueError(f"{file}: its metadata describe no STOP: found no entry `stop`")
@@ -158,12 +166,10 @@ def read_release(folder):
     adapter = Keys(read_json(adapter_file), adapter_file)
     count_file = folder / "assess_token_config.json"
     count = Keys(read_json(count_file), count_file)
-    for key in PEFT_CHANGES:
-        is_off = adapter.raw.get(key) in (None, False, {}, [], "none")
-        adapter.require(key, is_off, "none: the scores would be others")
+    check_peft(adapter)
 
     file = classifier / "adapter_model.bin"
-    if not file.is_file():
+    if not is_there(file):
         file = classifier / "adapter_model.safetensors"
     head_file = folder / "classifier_head.pth"
     token_file = folder / "assess_token_embedding.pth"
@@ -182,6 +188,7 @@ def read_release(folder):
     sources["head.weight"] = head_file
     sources["head.bias"] = head_file
     check_numbers(tensors, sources)
+    check_targets(adapter, pairs)
     return SavedStop(
         settings={
             "m": count.integer("num_assess_tokens"),
@@ -196,6 +203,31 @@ def read_release(folder):
         base_fingerprint=None,
         trained={},
         file=file)
+
+
+def check_peft(adapter):
+    """Raise ValueError on a key of an adapter_config.json that makes the scores others."""
+    adapter.require("peft_type", adapter.raw.get("peft_type", "LORA") == "LORA", "LORA")
+    init = adapter.raw.get("init_lora_weights")
+    init = init.lower() if isinstance(init, str) else init
+    adapter.require(
+        "init_lora_weights", init in PEFT_INITS,
+        "one that leaves the base weights as they are (true, false, gaussian, eva, orthogonal, "
+        "mica): convert the adapter with PEFT's path_initial_model_for_weight_conversion")
+    for key, value in adapter.raw.items():
+        if key not in PEFT_USED | PEFT_INERT:
+            adapter.require(key, value in PEFT_OFF, "none: the scores would be others")
+
+
+def check_targets(adapter, pairs):
+    """Raise ValueError where there are tensors of linears that target_modules does not name: PEFT
+    would pass over them. Where it is a text (a pattern, all-linear), the tensors decide."""
+    targets = adapter.raw.get("target_modules")
+    if isinstance(targets, list):
+        names = {str(target).rpartition(".")[2] for target in targets}
+        found = adapted_linears(pairs)
+        adapter.require(
+            "target_modules", names.issuperset(found), f"{', '.join(found)} as its tensors have")
 
 
 def adapted_linears(pairs):
@@ -221,9 +253,9 @@ def files_digest(folder):
     found = hashlib.sha256()
     for name in ("stop.safetensors", "stop.json"):
         file = Path(folder) / name
-        if not file.is_file():
+        if not is_there(file):
             return None
-        found.update(hashlib.sha256(file.read_bytes()).digest())
+        found.update(hashlib.sha256(read_bytes(file)).digest())
     return found.hexdigest()
 
 

@@ -44,7 +44,7 @@ def test_the_instructions_are_the_papers():
     (b'{"problem": "a", "answer": 1}\n{"problem": "b", "ans\n',
      "FILE:2: not JSON: Unterminated string"),
     (b'[{"problem": "a", "answer": 1},', "FILE: not JSON: Expecting value"),
-    (b'\xff\xfe', "FILE:1: not JSON: 'utf-8' codec"),
+    (b'{"problem": "\xff"}', "FILE:1: not JSON: 'utf-8' codec"),
     (b"[" * 100_000, "FILE: not JSON: maximum recursion"),
     (b'{"answer": 1}',
      "FILE:1: problem: found nothing, expected the text of a `problem` or `question`"),
