@@ -55,7 +55,8 @@ class Common:
     top_p: float = option(0.95, "1 = off")
     seed: int = option(0, "of all randomness")
     chat_format: str | None = option(
-        None, "raw, r1, chatml or harmony (default: by the tokenizer's special tokens)")
+        None, "raw, r1, chatml or harmony (default: the checkpoint's chat template; without one, "
+              "by the tokenizer's special tokens)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     dtype: str = option(
         "bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")

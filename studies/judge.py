@@ -32,7 +32,8 @@ from sample import open_model, require_finite
 from shared import labels_file
 from stop import like_lengths
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclasses.dataclass(kw_only=True)

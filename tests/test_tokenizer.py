@@ -1,17 +1,19 @@
-"""plumbing/tokenizer.py: texts and tokens, chat formats, and the prompts of published chat
-templates.
+"""plumbing/tokenizer.py: texts and tokens, chat formats, and the prompts of chat templates.
 
-The templates are abridged from the published ones (tools, earlier assistant turns), in their own
-spelling. The oracle is Jinja, set up as transformers sets it up.
+chat_templates.json holds published templates with what transformers makes of them; where it is
+installed, it is asked again.
 """
 import datetime
 import json
+import os
+import time
 
 import pytest
-from helpers import GOLDEN, NAMES, golden, write_tokenizer
+from helpers import GOLDEN, NAMES, ROOT, golden, write_tokenizer
 
+from plumbing import chat_template
 from plumbing.problems import Problem, instruction
-from plumbing.tokenizer import CONDITIONS, Tokenizer
+from plumbing.tokenizer import Tokenizer
 
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -121,382 +123,351 @@ def test_a_problem_is_asked_with_the_papers_instruction(tmp_path):
     problem = Problem(id="1", problem="What is 1 + 1?", answer="2")
     chat = Tokenizer(write_tokenizer(tmp_path / "chat", CHATML))
     raw = Tokenizer(write_tokenizer(tmp_path / "raw"))
+    template = "{{ messages[0].content }}"
+    same = Tokenizer(write_tokenizer(tmp_path / "same", template=template))
     assert chat.ask(problem) == chat.prompt(instruction(problem))
+    assert same.decode(same.ask(problem)) == instruction(problem)
     assert raw.decode(raw.ask(problem)) == "What is 1 + 1?"
 
 
-# ------------------------------------------------------------------------------- the templates
+# ------------------------------------------------------------------------- published templates
 
-TOOLS = r"""
-    {{- "\n\n# Tools\n\nYou may call one or more functions to assist.\n\n<tools>" }}
-    {%- for tool in tools %}
-        {{- "\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\n</tools>\n\n<tool_call>\n{\"name\": <function-name>}\n</tool_call><|im_end|>\n" }}
-"""
-QWEN25 = r"""{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] }}
-    {%- else %}
-        {{- 'SYSTEM' }}
-    {%- endif %}""" + TOOLS + r"""{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\nSYSTEM<|im_end|>\n' }}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role }}
-        {%- for tool_call in message.tool_calls %}
-            {{- '\n<tool_call>\n{"name": "' }}
-            {{- tool_call.name }}
-            {{- '", "arguments": ' }}
-            {{- tool_call.arguments | tojson }}
-            {{- '}\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user' }}
-        {{- '\n<tool_response>\n' }}
-        {{- message.content }}
-        {{- '\n</tool_response>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-QWQ = r"""{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] }}
-    {%- else %}
-        {{- '' }}
-    {%- endif %}""" + TOOLS + r"""{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-  {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-    {%- elif message.role == "assistant" and not message.tool_calls %}
-        {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
-        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n<think>\n' }}
-{%- endif %}
-"""
-QWEN3_TURNS = r"""{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\n\n' }}
-    {%- endif %}""" + TOOLS + r"""{%- else %}
-    {%- if messages[0].role == 'system' %}
-        {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endif %}
-{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
-        {%- set ns.multi_step_tool = false %}
-        {%- set ns.last_query_index = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- else %}
-        {%- set content = '' %}
-    {%- endif %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set reasoning_content = '' %}
-        {%- if '</think>' in content %}
-            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
-        {{- '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-"""
-QWEN3 = QWEN3_TURNS + r"""{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}"""
-QWEN3_THINKING = QWEN3_TURNS + r"""{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n<think>\n' }}
-{%- endif %}"""
-TWO_BRANCHES = QWEN3_TURNS + r"""{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- else %}
-        {{- '<think>\n' }}
-    {%- endif %}
-{%- endif %}"""
-QWEN2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-R1_START = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='') %}"
-    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
-    "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}"
-    "{{bos_token}}{{ns.system_prompt}}{%- for message in messages %}"
-    "{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}"
-    "{{'<｜User｜>' + message['content']}}{%- endif %}"
-    "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
-    "{% set content = message['content'] %}"
-    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
-    "{% if ns.is_tool %}{{'<｜tool▁outputs▁end｜>'}}{% endif %}")
-R1_FIRST = R1_START + "{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜>'}}{% endif %}"
-R1_LATER = (
-    R1_START
-    + r"{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜><think>\n'}}{% endif %}")
-R1_0528 = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='', "
-    "is_first_sp=true, is_last_user=false) %}{%- for message in messages %}"
-    "{%- if message['role'] == 'system' %}{%- if ns.is_first_sp %}"
-    "{% set ns.system_prompt = ns.system_prompt + message['content'] %}{% set ns.is_first_sp = false %}"
-    r"{%- else %}{% set ns.system_prompt = ns.system_prompt + '\n\n' + message['content'] %}{%- endif %}"
-    "{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}"
-    "{% set content = message['content'] %}{%- if message['role'] == 'user' %}"
-    "{%- set ns.is_tool = false -%}{%- set ns.is_first = false -%}{%- set ns.is_last_user = true -%}"
-    "{{'<｜User｜>' + content + '<｜Assistant｜>'}}{%- endif %}"
-    "{%- if message['role'] == 'assistant' %}{% if '</think>' in content %}"
-    "{% set content = content.split('</think>')[-1] %}{% endif %}{% endif %}"
-    "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
-    "{%- set ns.is_last_user = false -%}{{content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
-    "{% if ns.is_tool %}{{'<｜tool▁outputs▁end｜>'}}{% endif %}"
-    "{% if add_generation_prompt and not ns.is_last_user and not ns.is_tool %}{{'<｜Assistant｜>'}}{% endif %}")
-GPT_OSS_START = r"""{#-
-  In addition to the normal inputs of `messages` and `tools`, this template also accepts the
-  "reasoning_effort": a string that describes the reasoning effort, it's "medium" by default.
- #}
-{%- macro build_system_message() -%}
-    {%- if model_identity is not defined %}
-        {%- set model_identity = "You are ChatGPT, a large language model trained by OpenAI." %}
-    {%- endif %}
-    {{- model_identity + "\n" }}
-    {{- "Knowledge cutoff: 2024-06\n" }}
-    {{- "Current date: " + strftime_now("%Y-%m-%d") + "\n\n" }}
-    {%- if reasoning_effort is not defined %}
-        {%- set reasoning_effort = "medium" %}
-    {%- endif %}
-    {{- "Reasoning: " + reasoning_effort + "\n\n" }}
-    {%- if builtin_tools %}
-        {{- "# Tools\n\n" }}
-    {%- endif -%}
-"""
-GPT_OSS_END = r"""
-{%- endmacro -%}
-{{- "<|start|>system<|message|>" }}
-{{- build_system_message() }}
-{{- "<|end|>" }}
-{%- set loop_messages = messages %}
-{%- for message in loop_messages -%}
-    {%- if message.role == 'assistant' -%}
-        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
-    {%- elif message.role == 'user' -%}
-        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
-    {%- endif -%}
-{%- endfor -%}
-
-{#- Generation prompt #}
-{%- if add_generation_prompt -%}
-<|start|>assistant
-{%- endif -%}
-"""
-GPT_OSS = GPT_OSS_START + r"""
-    {{- "# Valid channels: analysis, commentary, final. Channel must be included for every message." }}
-    {%- if tools -%}
-        {{- "\nCalls to these tools must go to the commentary channel: 'functions'." }}
-    {%- endif -%}
-""" + GPT_OSS_END
-GPT_OSS_FIRST = GPT_OSS_START + r"""
-    {{- "# Valid channels: analysis, commentary, final. Channel must be included for every message.\n" }}
-    {{- "Calls to these tools must go to the commentary channel: 'functions'." }}
-""" + GPT_OSS_END
-
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-MATH_SYSTEM = r"Please reason step by step, and put your final answer within \\boxed{}."
-TEMPLATES = {  # special tokens, template, and how the prompt begins or ends
-    "Qwen2-7B-Instruct": (
-        CHATML, QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
-    "Qwen2.5-7B": (
-        CHATML, QWEN25.replace("SYSTEM", "You are a helpful assistant."),
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
-    "Qwen2.5-7B-Instruct": (
-        CHATML, QWEN25.replace("SYSTEM", QWEN_SYSTEM),
-        f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"),
-    "Qwen2.5-Math-7B-Instruct": (
-        CHATML, QWEN25.replace("SYSTEM", MATH_SYSTEM),
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
-        "\\boxed{}.<|im_end|>\n"),
-    "QwQ-32B": (CHATML, QWQ, "<|im_start|>assistant\n<think>\n"),
-    "Qwen3-8B": (CHATML, QWEN3, "<|im_start|>assistant\n"),
-    "Qwen3-4B-Thinking-2507": (CHATML, QWEN3_THINKING, "<|im_start|>assistant\n<think>\n"),
-    "thinking in an else": (CHATML, TWO_BRANCHES, "<|im_start|>assistant\n<think>\n"),
-    "R1-Distill, first": (R1, R1_FIRST, ASSISTANT),
-    "R1-Distill": (R1, R1_LATER, ASSISTANT + "<think>\n"),
-    "R1-0528-Qwen3-8B": (R1 + CHATML[:3], R1_0528, ASSISTANT),
-    "gpt-oss": (HARMONY, GPT_OSS, "<|start|>assistant"),
-    "gpt-oss, first": (HARMONY, GPT_OSS_FIRST, "<|start|>assistant")}
+PUBLISHED = json.loads((ROOT / "tests" / "chat_templates.json").read_text(encoding="utf-8"))
+TEMPLATES = PUBLISHED["templates"]
+RENDERED = [name for name in TEMPLATES if TEMPLATES[name]["prompts"]]
+NOT_RENDERED = sorted(set(TEMPLATES) - set(RENDERED))  # they want tools or functions
+SPECIAL = ("<bos>", "<eos>", "<pad>", "<think>", "</think>")
+QWEN3 = TEMPLATES["Qwen3-0.6B"]["template"]
+QWEN2 = TEMPLATES["Qwen2-7B-Instruct"]["template"]
+GPT_OSS = TEMPLATES["gpt-oss-120b"]["template"]
+QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-def render(template, text, **settings):
-    """A prompt as transformers' apply_chat_template makes it."""
-    sandbox = pytest.importorskip("jinja2.sandbox")
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["strftime_now"] = datetime.date(2025, 8, 5).strftime
-    messages = [{"role": "user", "content": text}]
-    return environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, tools=None, **settings)
-
-
-def write_template(folder, special, template, where="chat_template.jinja", bos=None):
-    """A tokenizer whose chat template stands in one file or the other."""
+def write_template(folder, template, config=None, special=SPECIAL):
+    """A tokenizer with a chat template in a file of its own."""
     write_tokenizer(folder, special)
-    config = {"bos_token": bos}
-    if where == "chat_template.jinja":
-        (folder / where).write_text(template, encoding="utf-8")
-    else:
-        config["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
+@pytest.fixture
+def transformers(monkeypatch):
+    """transformers, on the day that is pinned here."""
+    library = pytest.importorskip("transformers")
+
+    class Today(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2025, 8, 5)
+
+    monkeypatch.setattr(library.utils.chat_template_utils, "datetime", Today)
+    return library
+
+
+def apply_chat_template(library, folder, message, tokenize=False, **settings):
+    """What transformers makes of a user's message."""
+    tokenizer = library.AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=tokenize,
+        return_dict=False, **settings)
+
+
 @pytest.mark.parametrize("where", ("chat_template.jinja", "tokenizer_config.json"))
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", RENDERED)
 def test_a_prompt_is_what_the_template_renders(tmp_path, name, where):
-    special, template, part = TEMPLATES[name]
-    bos = {"__type": "AddedToken", "content": BOS} if special[0] == BOS else None
-    tokenizer = Tokenizer(write_template(tmp_path / "it", special, template, where, bos))
-    expected = render(template, TEXT, bos_token=BOS if bos else "")
-    assert tokenizer.decode(tokenizer.prompt(TEXT)) == expected
-    assert expected.startswith(part) or expected.endswith(part)
-    opened = expected.endswith("<think>\n")
+    template = TEMPLATES[name]["template"]
+    config = dict(PUBLISHED["tokenizer_config"])
+    folder = write_template(tmp_path / "it", template, config)
+    if where == "tokenizer_config.json":
+        (folder / "chat_template.jinja").unlink()
+        (folder / where).write_text(json.dumps(config | {"chat_template": template}))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.format == "template"
+    for message, expected in zip(PUBLISHED["messages"], TEMPLATES[name]["prompts"], strict=True):
+        assert tokenizer.chat(message) == expected
+        assert tokenizer.decode(tokenizer.prompt(message)) == expected
+    opened = TEMPLATES[name]["prompts"][0].endswith("<think>\n")
     assert tokenizer.completion([]) == ("<think>\n" if opened else "")
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_a_condition_on_thinking_is_what_it_is_by_default(tmp_path, condition):
-    """Where enable_thinking is not set, as here: Jinja's word on either branch."""
-    branches = "{{- 'yes' }}{%- else %}{{- 'no' }}{%- endif %}{%- endif %}"
-    template = QWEN3.partition("{%- if enable_thinking")[0] + "{%- " + condition + " %}" + branches
-    tokenizer = Tokenizer(write_template(tmp_path / "it", CHATML, template))
-    assert tokenizer.decode(tokenizer.prompt(TEXT)) == render(template, TEXT)
-    assert tokenizer.opening in ("yes", "no")
+@pytest.mark.parametrize("name", NOT_RENDERED)
+def test_a_template_that_renders_no_plain_message_is_refused(tmp_path, name):
+    folder = write_template(tmp_path / "it", TEMPLATES[name]["template"])
+    with pytest.raises(ValueError, match="chat_template.jinja: chat template: .*Error: '"):
+        Tokenizer(folder)
+    assert Tokenizer(folder, "raw").format == "raw"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_transformers_renders_the_same(tmp_path, transformers, name):
+    """The recorded prompts are today's, and their token ids are ours."""
+    folder = write_template(
+        tmp_path / "it", TEMPLATES[name]["template"], PUBLISHED["tokenizer_config"])
+    if name in NOT_RENDERED:
+        with pytest.raises(Exception, match="is undefined|not iterable"):
+            apply_chat_template(transformers, folder, "x")
+        return
+    tokenizer = Tokenizer(folder)
+    for message, expected in zip(PUBLISHED["messages"], TEMPLATES[name]["prompts"], strict=True):
+        assert apply_chat_template(transformers, folder, message) == expected
+        ids = apply_chat_template(transformers, folder, message, tokenize=True)
+        assert tokenizer.prompt(message) == ids
 
 
 def test_harmony_efforts_are_the_templates(tmp_path):
-    tokenizer = Tokenizer(write_template(tmp_path / "it", HARMONY, GPT_OSS))
+    folder = write_template(tmp_path / "it", GPT_OSS)
+    tokenizer = Tokenizer(folder)
+    without = Tokenizer(write_tokenizer(tmp_path / "without", HARMONY))
     for effort in ("low", "medium", "high"):
-        expected = render(GPT_OSS, TEXT, reasoning_effort=effort)
-        assert tokenizer.decode(tokenizer.prompt(TEXT, effort)) == expected
+        assert f"\n\nReasoning: {effort}\n\n" in tokenizer.chat(TEXT, effort)
+        assert tokenizer.chat(TEXT, effort) == without.chat(TEXT, effort)
+    assert tokenizer.chat(TEXT) == without.chat(TEXT) == without.chat(TEXT, "medium")
 
 
-@pytest.mark.parametrize("bos, shown", ((None, ""), ("<think>", "<think>")))
-def test_bos_is_the_tokenizers_where_the_template_shows_it(tmp_path, bos, shown):
-    tokenizer = Tokenizer(write_template(tmp_path / "it", R1, R1_LATER, bos=bos))
-    assert tokenizer.decode(tokenizer.prompt(TEXT)) == render(R1_LATER, TEXT, bos_token=shown)
+# --------------------------------------------------------------------- what a template may do
+
+SAID = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+CASES = {  # template -> its prompt of the message " hi "; None: what transformers says
+    "thinking is switched off": (
+        "{%- set enable_thinking = false -%}" + QWEN3,
+        "<|im_start|>user\n hi <|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    "thinking is opened in plain text": (QWEN2 + "<think>\n", None),
+    "a system message in plain text": ("<|system|>Be brief.</s>{{ messages[0].content }}", None),
+    "a system message in a variable": ("{% set system_message = 'Think.' %}{{ system_message }}",
+                                       "Think."),
+    "something is added": ("{{ messages[0]['content'] + ' /no_think' }}", " hi  /no_think"),
+    "the message is trimmed": ("{{ messages[0].content | trim }}", "hi"),
+    "a system message in parts": (
+        QWEN2.replace("You are a helpful assistant.", "You are ' }}{{ 'Qwen.' }}{{ '"), None),
+    "blocks are trimmed": ("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc"),
+    "JSON keeps its signs": ("{{ {'a': '<&>\\'é'} | tojson }}", '{"a": "<&>\'é"}'),
+    "JSON is indented": ("{{ [1, 'x'] | tojson(indent=2) }}", '[\n  1,\n  "x"\n]'),
+    "a loop is left": (
+        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}"
+        "{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "023"),
+    "the model's part": (
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+    "tools and documents are none": ("{{ tools is none and documents is none }}", "True"),
+    "the pinned day": ("{{ strftime_now('%d %b %Y %H:%M') }}", "05 Aug 2025 00:00"),
+    "nothing is said of effort": ("{{ reasoning_effort is defined }}", "False"),
+    "Windows' line ends": ("a\r\n{{ messages[0].content }}\r\nb", "a\n hi \nb"),
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_what_a_template_does_is_done(tmp_path, what, transformers):
+    template, expected = CASES[what]
+    folder = write_template(tmp_path / "it", template)
+    prompt = Tokenizer(folder).chat(" hi ")
+    assert prompt == apply_chat_template(transformers, folder, " hi ")
+    assert expected in (None, prompt)
+
+
+@pytest.mark.parametrize("what", [what for what in CASES if CASES[what][1] is not None])
+def test_what_a_template_does_is_this(tmp_path, what):
+    """The same without transformers."""
+    template, expected = CASES[what]
+    assert Tokenizer(write_template(tmp_path / "it", template)).chat(" hi ") == expected
+
+
+SHOWN = "[{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ image_token }}]"
+ADDED = {"__type": "AddedToken", "content": "<bos>", "lstrip": False, "normalized": False,
+         "rstrip": False, "single_word": False}
+TOKENS = {  # tokenizer_config.json, special_tokens_map.json, what is shown
+    "texts": ({"bos_token": "<bos>", "eos_token": "<eos>"}, None, "[<bos>|<eos>|||]"),
+    "added tokens": ({"bos_token": ADDED, "image_token": "<pad>"}, None, "[<bos>||||<pad>]"),
+    "null": ({"bos_token": None, "eos_token": "<eos>", "add_bos_token": True}, None, "[|<eos>|||]"),
+    "none": (None, None, "[||||]"),
+    "a map": ({}, {"bos_token": {"content": "<bos>"}, "pad_token": "<pad>"}, "[<bos>||<pad>||]"),
+    "a map that is late": (
+        {"added_tokens_decoder": {}, "bos_token": "<bos>"}, {"bos_token": "<eos>"}, "[<bos>||||]"),
+    "of the model": ({"extra_special_tokens": {"image_token": "<pad>"}}, None, "[||||<pad>]"),
+}
+
+
+def write_tokens(folder, what):
+    config, listed, _ = TOKENS[what]
+    if config is not None:
+        config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_template(folder, SHOWN, config)
+    if listed is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(listed))
+    return folder
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_a_template_sees_the_special_tokens(tmp_path, what):
+    assert Tokenizer(write_tokens(tmp_path / "it", what)).chat("hi") == TOKENS[what][2]
+
+
+def test_a_bos_token_that_only_the_tokenizers_class_knows_is_refused(tmp_path):
+    """transformers takes <bos> for Gemma's and nothing for Qwen's, whatever the file lists."""
+    folder = write_template(tmp_path / "it", SHOWN, {"tokenizer_class": "GemmaTokenizerFast"})
+    with pytest.raises(ValueError, match="tokenizer_config.json: bos_token: missing"):
+        Tokenizer(folder)
+    write_template(folder, SHOWN, {"tokenizer_class": "Qwen2TokenizerFast"})
+    assert Tokenizer(folder).chat("hi") == "[||||]"
+    write_template(folder, "none", {"tokenizer_class": "GemmaTokenizerFast"})
+    assert Tokenizer(folder).chat("hi") == "none"
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_transformers_shows_the_same_special_tokens(tmp_path, transformers, what):
+    folder = write_tokens(tmp_path / "it", what)
+    assert apply_chat_template(transformers, folder, "hi") == TOKENS[what][2]
 
 
 def test_a_template_of_its_own_file_comes_first(tmp_path):
-    """As in transformers: chat_template.jinja before tokenizer_config.json."""
-    folder = write_template(tmp_path / "it", CHATML, QWQ)
-    other = QWEN25.replace("SYSTEM", QWEN_SYSTEM)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": other}))
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.decode(tokenizer.prompt(TEXT)) == PLAIN_CHATML + "<think>\n"
+    """As in transformers: chat_template.jinja before tokenizer_config.json; further templates
+    beside them count for nothing."""
+    folder = write_template(tmp_path / "it", "first", {"chat_template": "second"})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("third")
+    assert Tokenizer(folder).chat("hi") == "first"
+    (folder / "chat_template.jinja").unlink()
+    assert Tokenizer(folder).chat("hi") == "second"
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path):
-    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": QWQ}]
-    tokenizer = Tokenizer(write_template(tmp_path / "it", CHATML, named, "tokenizer_config.json"))
-    assert tokenizer.opening == "<think>\n"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    folder = write_tokenizer(tmp_path / "it", template=named)
+    assert Tokenizer(folder).chat("hi") == "plain"
+    write_tokenizer(folder, template=named[:1])
+    with pytest.raises(ValueError, match="tokenizer_config.json: chat_template: .*named default"):
+        Tokenizer(folder)
 
 
-def test_a_template_says_which_format(tmp_path):
-    """A fine-tune of R1-0528-Qwen3 keeps R1's tokens and may speak ChatML."""
-    tokenizer = Tokenizer(write_template(tmp_path / "it", R1 + CHATML[:3], QWEN3))
-    assert tokenizer.format == "chatml"
-    assert tokenizer.decode(tokenizer.prompt(TEXT)) == PLAIN_CHATML
+def test_a_template_comes_before_the_special_tokens(tmp_path):
+    """A fine-tune of R1-0528-Qwen3 keeps R1's tokens and may speak ChatML; a format may be
+    wished for."""
+    folder = write_template(tmp_path / "it", QWEN3, special=R1 + CHATML[:3])
+    assert Tokenizer(folder).chat(TEXT) == PLAIN_CHATML
+    assert Tokenizer(folder, "r1").chat(TEXT) == EXPECTED["r1"][1]
+    assert Tokenizer(folder, "raw").chat(TEXT) == TEXT
 
 
 @pytest.mark.parametrize("template, opening", (
     (None, "<think>\n"),
-    ("{{ '" + ASSISTANT + "<think>\\n' }}", "<think>\n"),
-    ("{{ '" + ASSISTANT + "' }}", "")))
-@pytest.mark.parametrize("where", ("tokenizer_config.json", "chat_template.jinja"))
-def test_who_opens_the_thinking(tmp_path, template, opening, where):
-    """R1-Distill's template opens it for the model; a checkpoint whose template does not is
-    believed."""
-    folder = write_tokenizer(tmp_path, R1, template if where == "tokenizer_config.json" else None)
-    if where == "chat_template.jinja" and template:
-        (folder / where).write_text(template)
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.decode(tokenizer.prompt("x")) == f"{BOS}{USER}x{ASSISTANT}{opening}"
+    ("{{ messages[0].content }}" + ASSISTANT + "<think>{{ '\n' }}", "<think>\n"),
+    ("{{ messages[0].content }}" + ASSISTANT + "<think>Hm, ", "<think>Hm, "),
+    ("{{ messages[0].content }}" + ASSISTANT, ""),
+    ("{{ messages[0].content }}" + ASSISTANT + "<think></think>", ""),
+    ("Open with <think>. {{ messages[0].content }}" + ASSISTANT, "")))
+def test_who_opens_the_thinking(tmp_path, template, opening):
+    """R1-Distill's template opens it for the model; one that does not is believed."""
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, R1, template))
+    assert tokenizer.chat("x").endswith(opening)
     assert tokenizer.completion(tokenizer.encode("so </think> 2")) == opening + "so </think> 2"
 
 
-REFUSED = {  # a template that renders something else than our frame -> what the line says
-    "another format": (
-        "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", "none of the chat formats"),
-    "a system message in a variable": (
-        "{% set system_message = 'Think.' %}" + QWEN2, "system message in a variable, 'Think.'"),
-    "a system message of variables": (
-        QWEN2.replace("'<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n'",
-                      "'<|im_start|>system\n' + today + '<|im_end|>\n'"),
-        "default system message in variables"),
-    "a system message in parts": (
-        QWEN2.replace("You are a helpful assistant.<|im_end|>\n' }}", "' }}{{ today }}"),
-        "in parts"),
-    "a condition of its own": (
-        QWEN3.replace("enable_thinking is defined and enable_thinking is false", "deep"),
-        "'if deep'"),
-    "a variable opening": (
-        QWQ.replace("assistant\\n<think>\\n' }}", "assistant\\n' }}{{ opening }}"), "opening"),
-    "no turn of the model": (
-        QWQ.replace("'<|im_start|>assistant\\n<think>\\n'", "''"), "model's turn"),
-    "trimmed messages": (QWQ.replace("+ message.content +", "+ message.content | trim +"), "trims"),
+# ------------------------------------------------------------------------- hostile templates
+
+LOOP = "{% for i in range(99999) %}"
+HOSTILE = {  # template -> what the line says
+    "it refuses": ("{{ raise_exception('No\nsystem') }}", "TemplateError: No"),
+    "no Jinja": ("{{ 1 if }}", "TemplateSyntaxError: unexpected"),
+    "an unknown name": ("{{ a.b }}", "UndefinedError: 'a' is undefined"),
+    "an unknown filter": ("{{ 1 | nothing }}", "TemplateAssertionError: No filter named"),
+    "a division by 0": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "an opened brace": ("{{" * 10_000, "RecursionError"),
+    "brackets": ("{{" + "(" * 20_000, "RecursionError"),
+    "blocks": ("{% if x %}" * 20_000, "RecursionError"),
+    "a macro without end": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+    "a long range": ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+    "a loop in a loop": (LOOP * 2 + "{% endfor %}" * 2, "more than 0.5 seconds"),
+    "a slow filter": (LOOP + "{{ range(99999) | sort }}{% endfor %}", "0.5 seconds|MemoryError"),
+    "a long text": ("{{ 'x' * 10**7 }}", "10000000 characters, expected at most 1000000"),
+    "a text beyond memory": ("{{ 'x' * 10**11 }}", "MemoryError|0.5 seconds"),
+    "a list beyond memory": ("{{ [0] * 10**11 }}", "MemoryError|0.5 seconds"),
+    "a wide field": ("{{ '%99999999999d' | format(1) }}", "MemoryError|OverflowError|ValueError"),
+    "doubled": (
+        "{% set n = namespace(x='x') %}" + LOOP + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "MemoryError|0.5 seconds"),
+    "a great number": ("{{ 9 ** 999 ** 99 }}", "0.5 seconds|MemoryError|ValueError"),
+    "Python's inside": ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute"),
+    "a function's inside": ("{{ cycler.__init__.__globals__ }}", "SecurityError"),
+    "a file": ("{% include '/etc/passwd' %}", "TypeError: no loader"),
+    "the messages": ("{{ messages.append(1) }}", "SecurityError"),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_template_that_is_not_reproduced_is_refused(tmp_path, what):
-    """Never a silent difference: one line names the file; chat format raw remains."""
-    template, message = REFUSED[what]
-    folder = write_template(tmp_path / "it", CHATML, template)
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_template_is_one_line(tmp_path, what):
+    """It names the file. The next template is rendered as ever, and raw is the way out."""
+    template, message = HOSTILE[what]
+    folder = write_template(tmp_path / "it", template)
+    begun = time.perf_counter()
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer(folder)
-    assert "chat_template.jinja: chat_template: " in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert Tokenizer(folder, "raw").format == "raw"
+    assert time.perf_counter() - begun < 30  # half a second of computing, if the machine is busy
+    assert str(caught.value).startswith(f"{folder / 'chat_template.jinja'}: chat template: ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert Tokenizer(folder, "raw").chat(TEXT) == TEXT
+    assert Tokenizer(write_template(tmp_path / "good", QWEN2)).chat("hi") == QWEN2_SYSTEM + SAID
 
 
-def test_another_system_message_of_gpt_oss_is_refused(tmp_path):
-    changed = GPT_OSS.replace("Knowledge cutoff: 2024-06", "Knowledge cutoff: 2031-01")
-    with pytest.raises(ValueError, match="Knowledge cutoff: 2024-06.*missing"):
-        Tokenizer(write_template(tmp_path / "it", HARMONY, changed))
+def test_a_template_that_turns_hostile_later(tmp_path):
+    """Rendered in a process of its own every time, not only when it is looked at first."""
+    bomb = LOOP * 2 + "{% endfor %}" * 2
+    template = "{% if 'bomb' in messages[0].content %}" + bomb + "{% endif %}"
+    tokenizer = Tokenizer(write_template(tmp_path / "it", template))
+    with pytest.raises(ValueError, match="chat_template.jinja: .*0.5 seconds"):
+        tokenizer.prompt("a bomb")
+    assert tokenizer.chat("hi") == ""
+
+
+def test_a_template_is_read_once_for_all_prompts(tmp_path):
+    tokenizer = Tokenizer(write_template(tmp_path / "it", GPT_OSS))
+    begun = time.perf_counter()
+    for i in range(500):
+        assert f"<|message|>{i}<|end|>" in tokenizer.chat(str(i))
+    assert time.perf_counter() - begun < 20  # 0.3 s; 25 s of computing if it were read each time
+
+
+def test_ctrl_c_does_not_mix_up_answers(monkeypatch):
+    """The process that was interrupted in an answer gives no further one."""
+    renderer = chat_template.Renderer()
+    monkeypatch.setattr(chat_template, "RENDERER", renderer)
+    assert chat_template.render("a") == "a"
+    first = renderer.process
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    answers = first.stdout
+    first.stdout = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        chat_template.render("b")
+    answers.close()
+    assert first.returncode is not None
+    assert chat_template.render("c") == "c"
+    assert renderer.process is not first
+
+
+def test_a_renderer_that_was_killed_or_inherited_is_replaced(monkeypatch):
+    renderer = chat_template.Renderer()
+    monkeypatch.setattr(chat_template, "RENDERER", renderer)
+    assert chat_template.render("a") == "a"
+    first = renderer.process
+    first.kill()
+    first.wait()
+    assert chat_template.render("b") == "b"
+    second = renderer.process
+    renderer.owner = -1  # as in a process that was forked from this one
+    assert chat_template.render("c") == "c"
+    assert renderer.process is not second
+    second.kill()
+    second.wait()
+
+
+def test_the_renderer_ends_with_who_asked():
+    renderer = chat_template.Renderer()
+    assert renderer.answer({"template": "a", "variables": {}}) == {"text": "a"}
+    renderer.process.stdin.close()
+    assert renderer.process.wait(timeout=10) == 0
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -522,6 +493,19 @@ def test_a_template_that_is_no_text(tmp_path, content, message):
     if content is not None:
         (folder / "chat_template.jinja").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        Tokenizer(folder)
+
+
+def test_a_template_that_is_no_plain_file(tmp_path):
+    folder = write_tokenizer(tmp_path / "it", CHATML)
+    os.mkfifo(folder / "chat_template.jinja")
+    with pytest.raises(ValueError, match="chat_template.jinja: found a pipe, expected a file"):
+        Tokenizer(folder)
+
+
+def test_a_special_token_that_is_no_text(tmp_path):
+    folder = write_template(tmp_path / "it", "hi", {"bos_token": 3, "add_bos_token": True})
+    with pytest.raises(ValueError, match="tokenizer_config.json: bos_token: found 3, expected a"):
         Tokenizer(folder)
 
 
