@@ -56,8 +56,8 @@ def check_environment():
     if misfit is not None:
         name, expected = misfit
         found = repr(os.environ[name])[:60] if name in os.environ else "none"
-        raise ValueError(f"{name}: found {found}, expected {expected} (as torchrun sets it; without "
-                         "torchrun unset WORLD_SIZE and RANK)")
+        raise ValueError(f"{name}: found {found}, expected {expected} (as torchrun sets it; "
+                         "without torchrun unset WORLD_SIZE and RANK)")
 
 
 def _misfit():

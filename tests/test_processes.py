@@ -134,7 +134,7 @@ processes.wait_for_all()
     assert err.count("error: found no problem") == 1
 
 
-# ------------------------------------------------------------------------ what torchrun sets, or not
+# ----------------------------------------------------------------------- what torchrun sets, or not
 
 WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 BROKEN = {  # what is changed (None: not set) -> how the line begins
@@ -240,7 +240,7 @@ def test_a_shared_scripts_processes_leave_together(tmp_path):
     assert not (tmp_path / "nobody is here").exists()
 
 
-# ------------------------------------------------------------------------------------ those that die
+# ----------------------------------------------------------------------------------- those that die
 
 
 def is_alive(pid):

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="STOP_REAL_MODEL names no che
 
 MESSAGES = (
     "What is 17 * 23? Please reason step by step, and put your final answer within \\boxed{}.",
-    "A baker has 12 trays with 8 rolls each and sells 57 rolls. How many are left?\n\nPlease reason "
-    "step by step, and put your final answer within \\boxed{}.",
+    "A baker has 12 trays with 8 rolls each and sells 57 rolls. How many are left?\n\nPlease "
+    "reason step by step, and put your final answer within \\boxed{}.",
     "Wie heißt die Hauptstadt von Österreich?  (日本語でも可) 🙂")
 
 
