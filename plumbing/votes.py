@@ -58,8 +58,17 @@ def is_closed(answer):
 
 
 def may_be_equal(one, other, kind):
-    """Whether two spellings are the same answer, or a third could be the same as both."""
+    """Whether two spellings are the same answer, or a third could be the same as both.
+
+    What equals a closed answer is equal, but for equations: x = 5 is 5, and is x - 5 = 0."""
     if same_vote(one, other, kind) or same_vote(other, one, kind):
         return True
-    both_plain = PLAIN.fullmatch(one) and PLAIN.fullmatch(other)
-    return not (both_plain or is_closed(one) or is_closed(other))
+    if PLAIN.fullmatch(one) and PLAIN.fullmatch(other):
+        return False
+    if is_closed(one):
+        return is_equation(other)
+    return not is_closed(other) or is_equation(one)
+
+
+def is_equation(answer):
+    return "=" in answer or "＝" in answer
