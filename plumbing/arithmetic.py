@@ -25,10 +25,12 @@ class Unreadable(ValueError):
 
 
 def is_number(value):
+    """Whether a value is a number of these kinds."""
     return isinstance(value, Fraction | CONTEXT.mpf | CONTEXT.mpc)
 
 
 def is_real(number):
+    """Whether a number has no imaginary part."""
     return not isinstance(number, CONTEXT.mpc)
 
 
@@ -94,6 +96,7 @@ def whole(number):
 
 
 def add(one, other):
+    """The sum, exactly 0 where only rounding errors are left of it."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one + other
     one = inexact(one)
@@ -107,6 +110,7 @@ def negative(number):
 
 
 def multiply(one, other):
+    """The product."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one * other
     product = inexact(one) * inexact(other)
@@ -114,6 +118,7 @@ def multiply(one, other):
 
 
 def divide(one, other):
+    """The quotient."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one / other
     quotient = inexact(one) / inexact(other)
@@ -156,6 +161,7 @@ def root(number, index):
 
 
 def factorial(number):
+    """n! of a whole number."""
     n = whole(number)
     if n < 0 or n > 1000 and n * (math.log2(n) - 1.4) > MAX_BITS:
         raise Unreadable
@@ -163,6 +169,7 @@ def factorial(number):
 
 
 def binomial(n, k):
+    """n over k, of whole numbers."""
     n = whole(n)
     k = whole(k)
     if k < 0 or n < 0:
@@ -175,6 +182,7 @@ def binomial(n, k):
 
 
 def modulus(number):
+    """The absolute value."""
     return without_noise(inexact(abs(number)), 1) if not is_real(number) else abs(number)
 
 
@@ -185,18 +193,22 @@ def logarithm(number, base=None):
 
 
 def exponential(number):
+    """e to this power."""
     return power(E, number)
 
 
 def sine(angle):
+    """Of an angle in radians."""
     return without_noise(CONTEXT.sin(bounded(angle)), 1)
 
 
 def cosine(angle):
+    """Of an angle in radians."""
     return without_noise(CONTEXT.cos(bounded(angle)), 1)
 
 
 def tangent(angle):
+    """Of an angle in radians."""
     return divide(sine(angle), cosine(angle))
 
 
@@ -206,6 +218,7 @@ def inverse(function):
 
 
 def by_mpmath(function):
+    """A function of mpmath's, of numbers of bounded size."""
     return lambda number: without_noise(function(bounded(number)), 1)
 
 

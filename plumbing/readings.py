@@ -395,6 +395,7 @@ def sides_of(part):
 
 
 def is_name(side):
+    """Whether a side of an equation is a name that may go."""
     return any(name.fullmatch(side) for name in (_VARIABLE, _FUNCTION, _WORDS, _TUPLE))
 
 
@@ -438,6 +439,7 @@ def leading_names(sides):
 
 
 def variables_of(text):
+    """The variables in a text, as far as it can be read."""
     parser = Parser(text, 0, words=False)
     with suppress(ValueError, ArithmeticError):
         parser.read()

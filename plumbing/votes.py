@@ -71,4 +71,5 @@ def may_be_equal(one, other, kind):
 
 
 def is_equation(answer):
+    """Whether an answer has an equals sign."""
     return "=" in answer or "＝" in answer
