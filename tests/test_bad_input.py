@@ -96,6 +96,8 @@ FLAGS = {  # what is wrong -> (words behind good ones, what the error line must 
     "a device that is not there": (["--device", "cuda:99"], "device: found 'cuda:99'"),
     "a device without numbers": (["--device", "meta"], "device: found 'meta'"),
     "unknown format": (["--chat-format", "llama"], "chat format.*llama"),
+    "a broken template": (
+        ["--model", "TORN"], "torn/tokenizer_config.json: chat template: TemplateSyntaxError"),
 }
 
 
@@ -107,11 +109,14 @@ def arguments(tmp_path_factory):
         write_tokenizer(write_checkpoint(folder / name, raw_config("qwen2", vocab_size=256)))
     config = raw_config("qwen2", vocab_size=256, model_type="mistral")
     (folder / "bad" / "config.json").write_text(json.dumps(config))
+    torn = write_checkpoint(folder / "torn", raw_config("qwen2", vocab_size=256))
+    write_tokenizer(torn, template="{{ messages[0].content")
+    others = {"BAD": str(folder / "bad"), "TORN": str(torn)}
     good = ["--model", str(folder / "good"), "--prompt", "hi", "--max-new-tokens", "4", "--n", "2",
             "--device", "cpu", "--dtype", "float32"]
 
     def words(more=()):
-        return good + [str(folder / "bad") if word == "BAD" else word for word in more]
+        return good + [others.get(word, word) for word in more]
 
     return words
 
