@@ -12,24 +12,14 @@ import plumbing  # first: what is imported next takes seconds (plumbing/__init__
 
 import collections
 import dataclasses
-import json
 import math
-import re
-import resource
-import time
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 
-from model import load
 from plumbing import memory, processes
-from plumbing.answers import extract_answer, same_answer
-from plumbing.checkpoint import fingerprint, weights_digest
-from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.cuda_graph import DecodeStep
-from plumbing.records import Job, digest
-from plumbing.tokenizer import Tokenizer
 
 # splitmix64's constants, as the signed 64-bit numbers that torch can hold
 GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64
@@ -505,11 +495,6 @@ def require_finite(values, what):
                          "float16, or weights or a learning rate that diverge)")
 
 
-def model_digest(model):
-    """Digits that stand for a model: its config and every byte of its weights."""
-    return digest(fingerprint(model.config), weights_digest(model))
-
-
 def room(model, prompt_ids, limit=None):
     """How many new tokens a path may have: `limit`, or what the context leaves, at most 16,384
     (section 5)."""
@@ -569,71 +554,10 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
     return results
 
 
-def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling, batch=None):
-    """n finished, graded paths of each problem, stored in `folder` and read from there the next
-    time.
-
-    Returns records in the order of the problems: {"id", "prompt_ids", "answers", "right",
-    "paths"}, the last three with an entry a path. The file is named by all that shapes the paths,
-    weights included. Interrupted, it is taken up where it stopped; ValueError on an edited line or
-    another run's."""
-    prompts = [tokenizer.ask(problem) for problem in problems]
-    limit = min(room(model, prompt, max_new_tokens) for prompt in prompts)
-    check_prompts(model, prompts, limit)
-    graded = [[problem.id, problem.kind, problem.answer] for problem in problems]
-    identity = digest(model_digest(model), list(model.config.eos_ids),
-                      prompts, graded, n, limit, dataclasses.asdict(sampling))
-    folder.mkdir(parents=True, exist_ok=True)
-    heads = [{"id": problem.id, "prompt_ids": prompt} for problem, prompt in zip(problems, prompts)]
-    job = Job(folder / f"paths-{identity[:12]}.jsonl", identity, heads)
-    todo = processes.mine(job.todo())
-
-    def store(number, paths):
-        problem = problems[todo[number]]
-        answers = [extract_answer(tokenizer.completion(path.ids), problem.kind) for path in paths]
-        right = [same_answer(answer, problem.answer, problem.kind) for answer in answers]
-        ids = [path.ids for path in paths]
-        job.add(todo[number], {"answers": answers, "right": right, "paths": ids})
-
-    with job, token_bar("paths", len(todo) * n * limit) as bar:
-        sample_all(model, [prompts[i] for i in todo], n, limit, sampling, store, None, batch, bar)
-    return job.finish()
-
-
-@torch.inference_mode()
-def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
-    """Tokens a second of decoding `rows` paths half-way to their limit, measured for a moment.
-    The cached keys are zeros there: they are read as fast as others."""
-    capacity = max(len(prompt) for prompt in prompts) + limit
-    paths = [Path(prompts[i % len(prompts)], i) for i in range(rows)]
-    batch = Batch(model, paths, rows, capacity, limit, sampling, eos_ids=())
-    batch.cache.advance(limit // 2)
-    start = time.perf_counter()
-    batch.decode(until=1)
-    steps = 1
-    if limit > 2:  # the first step warmed up
-        start = time.perf_counter()
-        steps = 0
-    while 1 + steps < limit // 2 and time.perf_counter() - start < seconds:
-        steps += 1
-        batch.decode(until=1 + steps)
-    return rows * max(steps, 1) / (time.perf_counter() - start)
-
-
 def token_bar(name, total):
     """A progress bar that counts tokens; on a terminal only, and of the first process only."""
     silent = None if processes.is_first() else True  # None: if no terminal is there
     return tqdm(total=total, unit="tok", unit_scale=True, desc=name, disable=silent)
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-@dataclasses.dataclass(kw_only=True)
-class Settings(Common):
-    """What `python sample.py` can be told."""
-    prompt: str = option(dataclasses.MISSING, "the user's message")
-    n: int = option(8, "paths")
 
 
 def sampling_of(settings):
@@ -641,55 +565,6 @@ def sampling_of(settings):
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
 
 
-def open_model(settings):
-    """The Decoder and the Tokenizer that a script's settings name. ValueError on an unknown device
-    or dtype."""
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
-    try:
-        if re.fullmatch("cpu|mps|cuda(:[0-9]+)?", settings.device) is None:
-            raise RuntimeError("expected cpu, cuda, cuda:0 or mps")
-        device = processes.start(settings.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: found {settings.device!r}: {reason}") from None
-    model = load(settings.model, device, getattr(torch, settings.dtype))
-    return model, Tokenizer(settings.model, settings.chat_format)
-
-
-def peak_memory():
-    """The most memory that was in use, in bytes: of the GPU if one was used, else of this
-    process."""
-    on_gpu = torch.cuda.max_memory_allocated()
-    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def main(settings):
-    """Print n paths as they end; the last line is one JSON object."""
-    require_positive(settings, "n", "batch", "max_new_tokens")
-    sampling = sampling_of(settings)
-    model, tokenizer = open_model(settings)
-    prompt_ids = tokenizer.prompt(settings.prompt)
-    limit = room(model, prompt_ids, settings.max_new_tokens)
-
-    def show(path):
-        text = tokenizer.decode(path.ids)
-        tqdm.write(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{text}")
-
-    start = time.perf_counter()
-    with token_bar("paths", settings.n * limit) as bar:
-        (paths,) = generate(
-            model, [prompt_ids], settings.n, limit, **dataclasses.asdict(sampling),
-            batch=settings.batch, bar=bar, on_end=show)
-    seconds = time.perf_counter() - start
-    tokens = sum(len(path.ids) for path in paths)
-    print(json.dumps({
-        "tokens": tokens,
-        "seconds": round(seconds, 3),
-        "tok_per_s": round(tokens / seconds, 1),
-        "peak_memory_bytes": peak_memory()}))
-
-
 if __name__ == "__main__":
-    command_line(Settings, main)
+    from commands.sample import main
+    main()

@@ -11,36 +11,20 @@ there, and a head on the last [STOP] position's final hidden state h_m:
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
-import contextlib
-import dataclasses
-import functools
-import json
-import math
-import pathlib
 import re
-import time
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import tqdm
 
 from lora import TARGETS, LoRA
-from plumbing import memory, picture
-from plumbing.answers import extract_answer, same_vote
-from plumbing.budget_plan import (
-    Stage, check_stages, parse_cascade, plan_for, read_plans)
-from plumbing.checkpoint import find_folder, fingerprint, weights_digest
-from plumbing.command_line import (
-    Common, command_line, option, require_choice, require_positive, shown)
-from plumbing.labels import read_prefixes
-from plumbing.problems import Problem
-from plumbing.records import digest
-from plumbing.scores import score_file
+from plumbing import memory
+from plumbing.answers import same_vote
+from plumbing.budget_plan import Stage, check_stages
+from plumbing.checkpoint import fingerprint
+from plumbing.command_line import shown
 from plumbing.stop_files import match, read_stop, write_stop
 from plumbing.votes import is_decided
-from sample import (
-    Batch, Path, Sampling, check_prompts, model_digest, open_model, prefill, require_finite, room,
-    sampling_of, token_bar)
+from sample import Batch, Path, Sampling, check_prompts, prefill, require_finite
 
 
 class Stop(torch.nn.Module):
@@ -174,16 +158,6 @@ class Stop(torch.nn.Module):
         return stop.eval()  # no dropout
 
 
-def stop_digest(stop):
-    """Digits that stand for a STOP: its shape and every byte of its weights."""
-    return digest(stop.about(), weights_digest(stop))
-
-
-def stop_folder(settings):
-    """The folder of the STOP that a script's settings name."""
-    return pathlib.Path(settings.stop or find_folder(settings.model) / "stop")
-
-
 def like_lengths(prefixes, batch):
     """Numbers of the prefixes in groups of at most `batch`, like lengths together: little
     padding."""
@@ -207,18 +181,6 @@ def retention(budget, prefix, task):
     L_prefix = prefix / 1024
     L_task = task / 1024
     return min(1.0, L_task ** 4.55 / (1.17e4 * C ** 0.46 * L_prefix ** 0.40))
-
-
-def by_guideline(budget, prefix, task, most=math.inf):
-    """(paths launched, paths kept) by the guideline for a budget, in tokens: as many paths as it
-    pays for, all up to the prefix and the kept ones up to a usual response; 2 to `most`."""
-    share = retention(budget, prefix, task)
-    rest = max(0, task - prefix)
-    launched = min(int(budget / (prefix + share * rest)), most)
-    kept = max(1, round(share * launched))
-    paid_for = int((budget - kept * rest) / prefix)  # beside the rest of the kept ones
-    launched = max(2, min(launched, paid_for))
-    return launched, min(kept, launched)
 
 
 @torch.inference_mode()
@@ -358,47 +320,6 @@ def stop_when_decided(batch, paths, answer_of, kind):
     return ended
 
 
-# ----------------------------------------------------------------------------------- command line
-
-
-LAUNCHED = 64  # paths, where neither --n nor --budget says
-
-
-@dataclasses.dataclass(kw_only=True)
-class Settings(Common):
-    """What `python stop.py` can be told."""
-    prompt: str | None = option(None, "the question")
-    score: str | None = option(
-        None, "instead of a question, prefixes to score: JSON lines with prefix_token_ids")
-    out: str | None = option(
-        None, "with --score: file of the scores, taken up where it stopped (default: printed)")
-    trace: str | None = option(
-        None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
-    stop: str | None = option(
-        None, "folder of the trained STOP (default: stop/ in the model's directory)")
-    n: int | None = option(
-        None, "paths launched (default: 64, or as many as --budget pays for)")
-    keep: int | None = option(None, "paths resumed (default: an eighth)")
-    retention: float | None = option(None, "paths resumed, as a share of n")
-    budget: int | None = option(
-        None, "all tokens to spend: by the plan for them in STOP's plan.json; where there is none, "
-        "by the paper's guideline")
-    task_length: int | None = option(
-        None, "tokens of a usual response, for the guideline (default: 8650, as in the paper, or "
-        "the limit of a path where that is less)")
-    prefix: int | None = option(
-        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
-    cascade: str | None = option(
-        None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
-        "2048:32,4096:4x2")
-    branch: int | None = option(
-        None, "how many paths each resumed prefix goes on as (default: 1)")
-    decide: bool = option(True, "stop when the running paths can no longer change the vote")
-    kind: str = option("math", "math or choice: what the answer is")
-    picture: str | None = option(
-        None, "file for a picture of the run: a page (.html) or a drawing (.svg)")
-
-
 def parse_checkpoints(text):
     """"2048,1024" -> [2048, 1024]: different numbers of new tokens."""
     if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text, re.ASCII):
@@ -409,210 +330,6 @@ def parse_checkpoints(text):
         f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
 
 
-def by_plan(settings, stop):
-    """The settings with the plan that STOP's plan.json has for --budget, or as they are without
-    one."""
-    folder = stop_folder(settings)
-    plans = None
-    if settings.budget is not None:
-        plans = read_plans(folder, stop_digest(stop))
-        if plans is None:
-            print(f"budget: no plan.json in {folder}: the paper's guideline")
-    if plans is None:
-        return settings
-    for name in ("n", "keep", "retention", "task_length", "prefix", "cascade", "branch"):
-        found = getattr(settings, name)
-        if found is not None:
-            raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the "
-                             f"plan in {folder} has its own")
-    plan = plan_for(plans, settings.budget, folder)
-    print(f"plan for {plan.budget} tokens, the largest listed that {settings.budget} allows: "
-          f"{plan}; about {plan.expected['tokens']:.0f} tokens")
-    cascade = ",".join(map(str, plan.stages))
-    return dataclasses.replace(settings, n=plan.n, cascade=cascade, budget=None)
-
-
-def paths_of(settings, prefix, limit):
-    """(paths launched, paths resumed) of a run: --n and --keep or --retention, by default 64 and an
-    eighth; or the guideline's for --budget."""
-    launched = settings.n or LAUNCHED
-    if settings.keep is not None:
-        return launched, settings.keep
-    share = 1 / 8 if settings.retention is None else settings.retention
-    if settings.budget is not None:
-        task = min(8650, limit) if settings.task_length is None else settings.task_length
-        share = retention(settings.budget, prefix, task)
-        if settings.n is None:
-            launched, _ = by_guideline(settings.budget, prefix, task)
-        print(f"guideline: keep {share:.2g} of {launched} paths (1 / {1 / share:,.2f}), at least "
-              f"1; a usual response has {task} tokens")
-    return launched, max(1, round(launched * share))
-
-
-def show_check(checkpoint, checked, kept):
-    """Print the scores of one check, the best first."""
-    names = {path.name for path in checked}
-    new_paths = [path for path in kept if path.name not in names]
-    stay = len(kept) - len(new_paths)
-    branches = f", and {len(new_paths)} new branches" if new_paths else ""
-    tqdm.write(f"check at {checkpoint} tokens: {stay} of {len(checked)} paths stay{branches}")
-    for path in sorted(checked, key=lambda path: -path.score):
-        tqdm.write(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
-
-
-def answer_prompt(model, stop, tokenizer, settings):
-    """Run one question through Launch, Check, Resume; print scores, answers and votes."""
-    settings = by_plan(settings, stop)
-    prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
-    limit = room(model, prompt_ids, stop.limit(settings.max_new_tokens))
-    prefix = settings.prefix
-    if prefix is None:
-        prefix = stop.trained_for()[0]
-    n, keep = paths_of(settings, prefix, limit)
-    cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
-
-    start = time.perf_counter()
-    sampling = dataclasses.asdict(sampling_of(settings))
-    checks = []  # (checkpoint, how many paths went on), for the picture
-
-    def answer_of(path):
-        return extract_answer(tokenizer.completion(path.ids), settings.kind)
-
-    def on_check(checkpoint, checked, kept):
-        show_check(checkpoint, checked, kept)
-        checks.append((checkpoint, len(kept)))
-
-    with token_bar("paths", n * limit) as bar:
-        paths = launch_check_resume(
-            model, stop, prompt_ids, n, keep, prefix, cascade, limit, **sampling,
-            branch=settings.branch or 1, answer_of=answer_of if settings.decide else None,
-            kind=settings.kind, bar=bar, on_check=on_check)
-    seconds = time.perf_counter() - start
-
-    finished = [path for path in paths if path.status in ("eos", "length")]
-    answers = [answer_of(path) for path in finished]
-    for path, answer in zip(finished, answers):
-        print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "
-              f"score {path.score:.4f}): {answer}")
-    spent = sum(len(path.ids) - path.inherited for path in paths)
-    # what n paths would have taken, had each become as long as the kept ones are on average
-    unpruned = n * sum(len(path.ids) for path in finished) / len(finished)
-    saved = 1 - spent / unpruned
-    if settings.picture is not None:
-        run = picture.record(
-            settings.prompt, paths, checks, tokenizer, answer_of, saved, settings.kind)
-        picture.write(settings.picture, run)
-        print(f"wrote {settings.picture}")
-    majority = vote(answers, kind=settings.kind)
-    weighted = vote(answers, [path.score for path in finished], settings.kind)
-    print(f"answer by score: {weighted}; by majority: {majority}")
-    print(json.dumps({
-        "weighted": weighted,
-        "majority": majority,
-        "kept": sum(path.status != "pruned" for path in paths),
-        "decided_early": sum(path.status == "decided" for path in paths),
-        "n": n,
-        "tokens": spent,
-        "tokens_saved_estimate": round(saved, 4),
-        "seconds": round(seconds, 3)}))
-
-
-@contextlib.contextmanager
-def recorded_states(model):
-    """A list that takes the hidden states (B, T, hidden) after each decoder layer and the final
-    norm."""
-    states = []
-
-    def record(module, inputs, output):
-        states.append(output)
-
-    with contextlib.ExitStack() as hooks:
-        for module in (*model.model["layers"], model.model["norm"]):
-            hooks.enter_context(module.register_forward_hook(record))
-        yield states
-
-
-@torch.inference_mode()
-def logits_and_states(model, stop, prefixes):
-    """Of one batch of prefixes: head logits (B, 1 or 2), and the [STOP] positions' hidden states
-    (B, layers + 1, m, hidden) float32: after each decoder layer and, last, after the final norm."""
-    cache, _ = prefill(model, prefixes, stop.m)
-    with recorded_states(model) as states:
-        logits = stop(model, cache)
-    return logits, torch.stack(states, 1).float().cpu()
-
-
-def score_prefixes(model, stop, settings):
-    """Score a file of prefixes, one JSON line a record; taken up where a killed run stopped."""
-    def check_ids(ids):
-        check_prompts(model, [ids], stop.m)
-
-    prefixes = read_prefixes(settings.score, check_ids)
-    who = {"dtype": settings.dtype,
-           "model": model_digest(model),
-           "stop": stop_digest(stop)}
-    batches = like_lengths([prefix.ids for prefix in prefixes], settings.batch or 16)
-    check = functools.partial(logits_and_states, model, stop)
-    score_file(prefixes, batches, check, stop.chance, who, settings.out, settings.trace)
-
-
-def main(settings):
-    """Answer a prompt, or score a file of prefixes; the last line is one JSON object."""
-    check(settings)
-    flags = ("prompt", "score", "out", "trace")
-    given = [flag for flag in flags if getattr(settings, flag) is not None]
-    if given != ["prompt"] and given[:1] != ["score"]:
-        found = " ".join(f"--{flag}" for flag in given) or "neither"
-        raise ValueError(f"found {found}, expected --prompt, or --score, --out and --trace")
-    model, tokenizer = open_model(settings)
-    stop = Stop.load(stop_folder(settings), model)
-    if settings.score is not None:
-        score_prefixes(model, stop, settings)
-    else:
-        answer_prompt(model, stop, tokenizer, settings)
-
-
-def recipe(flags):
-    """Scores are made in float32 unless --dtype says otherwise: they are what others check
-    against."""
-    return ({"dtype": "float32"} if "score" in flags else {}), None
-
-
-# A setting that says all that these others say, each of which would have no effect beside it
-ALTERNATIVES = {
-    "cascade": ("keep", "retention", "budget", "prefix", "branch"),
-    "keep": ("retention", "budget"),
-    "retention": ("budget",)}
-
-
-# Settings that say how a question is answered, and nothing of how prefixes are scored
-OF_A_PROMPT = (
-    "n", "keep", "retention", "budget", "task_length", "prefix", "cascade", "branch", "decide",
-    "kind", "picture")
-
-
-def check(settings):
-    """Raise ValueError on settings that cannot be, before any work is done."""
-    sampling_of(settings)
-    require_positive(settings, "max_new_tokens", "batch", "n", "keep", "retention", "budget",
-                     "task_length", "prefix", "branch")
-    require_choice(settings, "kind", "math", "choice")
-    if settings.cascade is not None:
-        check_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED)
-    if settings.retention is not None and settings.retention > 1:
-        raise ValueError(
-            f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
-    for name, others in ALTERNATIVES.items():
-        for other in others:
-            if getattr(settings, name) is not None and getattr(settings, other) is not None:
-                raise ValueError(f"{other}: found beside --{name}, expected one of the two")
-    if settings.picture is not None:
-        picture.check_file(settings.picture)
-    if settings.score is not None:
-        for name in OF_A_PROMPT:
-            if getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(f"{name}: found beside --score, expected beside --prompt")
-
-
 if __name__ == "__main__":
-    command_line(Settings, main, recipe)
+    from commands.stop import main
+    main()

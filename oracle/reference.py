@@ -6,9 +6,10 @@ entry for each prefix, rows of runs one for each run.
 import numpy as np
 import torch
 
+from commands.stop import logits_and_states
 from compare import LEVELS
-from sample import branch_key, draw, generate, path_key, prefill, probabilities, uniform
-from stop import Path, launch_check_resume, logits_and_states, rank, vote
+from sample import Path, branch_key, draw, generate, path_key, prefill, probabilities, uniform
+from stop import launch_check_resume, rank, vote
 
 LAST = 4  # hidden states are shown at the last so many positions of a prefix
 

@@ -55,27 +55,33 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from baselines import progress
-from eval import Interval, cell, evaluate, interval
+from commands import train as train_command
+from commands.common import open_model
+from commands.stop import recorded_states
+from engine import fit as engine_fit
+from engine.stored import model_digest
+from eval import cell, evaluate
 from model import Decoder
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import command_line, option, require_positive, shown
 from plumbing.problems import read_problems
 from plumbing.records import (
     claim, digest, locked, read_json, read_records, read_sealed, write_atomic, write_sealed)
-from sample import check_prompts, model_digest, open_model, prefill, require_finite
+from plumbing.statistics import Interval, interval
 from plumbing.tokenizer import Tokenizer
+from sample import check_prompts, prefill, require_finite
 from shared import labels_file, require, stored_paths
-from stop import Stop, like_lengths, parse_checkpoints, recorded_states
+from stop import Stop, like_lengths, parse_checkpoints
 
 HIDDEN = 512  # of the two-layer heads, as STEP has it
 BATCH = 64    # prefixes scored in one pass
 STEP_ENDS = ("\n\n", "<nl>")  # a token that holds one of these ends a step
-NO_PART_OF_A_VARIANT = train.NO_PART_OF_A_RUN + (
+NO_PART_OF_A_VARIANT = train_command.NO_PART_OF_A_RUN + (
     "only", "seeds", "keep", "labels", "stored", "ceiling")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(train.Settings):
+class Settings(train_command.Settings):
     """What `python studies/ablations.py` can be told: train.py's flags, and these."""
     labels: str | None = option(
         None, "labels.jsonl of a run of train.py (default: in runs/ and the model's name)")
@@ -412,10 +418,10 @@ def fit_ranking(model, examples, settings, out):
     """Train a Stop on its own loss and `ranking_loss`; that of the epoch with the lowest sum on the
     validation problems is returned, and lies in out/stop."""
     training, validation = train.split(examples, settings.validation, settings.seed)
-    kept = train.cache_bytes(model, settings) / 2
+    kept = engine_fit.cache_bytes(model, settings) / 2
     training = train.Prefixes(model, training, settings.batch_size, settings.m, kept)
     validation = train.Prefixes(model, validation, settings.batch_size, settings.m, kept)
-    stop = train.new_stop(model, settings)
+    stop = engine_fit.new_stop(model, settings)
 
     def loss_of(prefixes, number):
         cache, labels = prefixes[number]
@@ -543,7 +549,7 @@ def train_variant(study, identity, name, seed):
     if variant.ranking:
         stop = fit_ranking(model, examples, settings, out)
     else:
-        stop = train.fit(model, examples, settings, out, digest(identity, name, seed))
+        stop = engine_fit.fit(model, examples, settings, out, digest(identity, name, seed))
     return Scorer(of_cache=functools.partial(stop_chances, stop, model))
 
 
@@ -776,7 +782,7 @@ def read_seeds(text):
 
 def check(settings):
     """ValueError on settings that cannot be, before any work is done."""
-    train.check(settings)
+    train_command.check(settings)
     require_positive(settings, "head_epochs")
     require("plan", not settings.plan, settings.plan, "a run of train.py: a study has no plan")
 
@@ -787,7 +793,7 @@ def open_study(settings, names):
     tests = read_problems(settings.test or find_folder(settings.model) / "test.jsonl")
     file = labels_file(settings)
     longest = most_tokens(names, settings)
-    examples = train.given_labels(file, model, tokenizer, longest, tests)
+    examples = train_command.given_labels(file, model, tokenizer, longest, tests)
     for name in names:
         k = read_variant(name).rollouts
         if k is not None:
@@ -842,4 +848,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main, train.recipe)
+    command_line(Settings, main, train_command.recipe)

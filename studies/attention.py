@@ -19,11 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as modeling
+from commands.common import open_model
 from plumbing.answers import extract_answer, same_answer
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import Problem
 from plumbing.records import write_atomic
-from sample import generate, open_model, prefill, room, sampling_of
+from sample import generate, prefill, room, sampling_of
 from shared import StopSettings, load_problems, load_stop, require
 
 PARTS = ("prompt", "prefix", "stop")  # what is attended to

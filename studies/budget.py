@@ -44,7 +44,11 @@ except ImportError:
     matplotlib = None
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval import Interval, cell, interval
+from commands.common import open_model, stop_folder
+from engine.budget import by_guideline
+from engine.forecast import decoding_rate
+from engine.stored import stop_digest
+from eval import cell
 from forest import (
     VALUES, ChangedSignal, EntropySignal, Field, Plan, StopSignal, at_random, blurred, measure,
     upside_down)
@@ -52,9 +56,9 @@ from plumbing import processes
 from plumbing.budget_plan import METRICS, BudgetPlan, Stage, write_plans
 from plumbing.command_line import command_line, option, require_choice, require_positive
 from plumbing.records import locked, read_json, write_atomic
-from sample import check_prompts, decoding_rate, generate, open_model, prefill, room, sampling_of
+from plumbing.statistics import Interval, interval
+from sample import check_prompts, generate, prefill, room, sampling_of
 from shared import StopSettings, load_problems, load_stop, numbers, require, write_table
-from stop import by_guideline, stop_digest, stop_folder
 
 LAUNCHED = (6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64)
 ENDINGS = (  # (keep, branch) of an only check

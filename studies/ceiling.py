@@ -29,10 +29,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from eval import Interval, cell, interval, no_number, select
+from commands import train as train_command
+from engine.protocol import no_number
+from engine.stored import require_room, roll_out
+from eval import cell, select
 from plumbing import processes
 from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.records import locked, write_atomic
+from plumbing.statistics import Interval, interval
 from shared import StoredSettings, open_stored, stop_scores
 
 GRID = np.linspace(0, 1, 65)  # the values that q may have
@@ -70,10 +74,10 @@ def successes(stored, checkpoint, settings, folder):
         cuts += [train.Cut(record, problem, number, checkpoint) for number in sorted(set(group))]
     folder.mkdir(parents=True, exist_ok=True)
     common = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Common)}
-    how = train.Settings(**common, prefix=str(checkpoint), rollouts=settings.rollouts)
+    how = train_command.Settings(**common, prefix=str(checkpoint), rollouts=settings.rollouts)
     prompts = [record["prompt_ids"] for record in stored.records]
-    limit = train.require_room(stored.model, prompts, how)
-    labels = train.roll_out(stored.model, stored.tokenizer, cuts, limit, how, folder)
+    limit = require_room(stored.model, prompts, how)
+    labels = roll_out(stored.model, stored.tokenizer, cuts, limit, how, folder)
     by_prefix = {(label["id"], label["path"]): label["successes"] for label in labels}
     counts = []
     for record, group in zip(stored.records, groups):

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from baselines import entropy, progress
+from engine.stored import model_digest, stop_digest
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer, same_vote
 from plumbing.records import Job, digest
-from sample import Batch, Path, branch_key, model_digest, uniform
-from stop import of_first_equal, stop_digest
+from sample import Batch, Path, branch_key, uniform
+from stop import of_first_equal
 
 TOGETHER = 1024  # rows launched in one batch: several problems
 VALUES = ("tokens", "steps", "checked", "avg", "cons", "weighted", "pass")  # of a plan on a problem

@@ -24,11 +24,13 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from commands import train as train_command
+from commands.common import open_model
 from model import Decoder, load
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, command_line, option, require_choice
 from plumbing.records import read_json, write_atomic
-from sample import open_model, require_finite
+from sample import require_finite
 from shared import labels_file
 from stop import like_lengths
 
@@ -59,11 +61,11 @@ class Settings(Common):
 def check(settings):
     """ValueError on settings that cannot be, before any work is done."""
     require_choice(settings, "stored", "float32", "bfloat16", "float16")
-    as_in_training = train.Settings()
-    for field in dataclasses.fields(train.Settings):
+    as_in_training = train_command.Settings()
+    for field in dataclasses.fields(train_command.Settings):
         if hasattr(settings, field.name):
             setattr(as_in_training, field.name, getattr(settings, field.name))
-    train.check(as_in_training)
+    train_command.check(as_in_training)
 
 
 def try_folder(out):
@@ -221,7 +223,7 @@ def main(settings):
     out = Path(settings.out or file.parent / "judge")
     check(settings)
     model, tokenizer = open_model(settings)
-    examples = train.given_labels(file, model, tokenizer, m=0, tests=[])
+    examples = train_command.given_labels(file, model, tokenizer, m=0, tests=[])
     try_folder(out)
     judge = new_judge(model, settings.seed)
     count = sum(parameter.numel() for parameter in judge.parameters())

@@ -51,16 +51,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from ablations import interval_with_seeds, read_seeds, score, stop_chances
 from baselines import progress
+from commands import train as train_command
+from commands.common import open_model
+from engine import fit as engine_fit
+from engine.stored import model_digest, sample_paths
 from eval import cell, evaluate
 from model import Decoder
 from plumbing.checkpoint import find_folder
-from plumbing.command_line import (
-    Common, check_values, command_line, option, require_positive)
+from plumbing.command_line import Common, check_values, command_line, option, require_positive
 from plumbing.problems import read_problems, read_sources, without_held_out
-from plumbing.records import (
-    Job, claim, digest, locked, read_sealed, write_atomic, write_sealed)
+from plumbing.records import Job, claim, digest, locked, read_sealed, write_atomic, write_sealed
 from plumbing.tokenizer import Tokenizer
-from sample import model_digest, open_model, prefill, room, sample_all, sample_paths, sampling_of
+from sample import prefill, room, sample_all, sampling_of
 from shared import numbers, require, stored_paths
 from stop import parse_checkpoints
 
@@ -99,7 +101,7 @@ NO_PART_OF_A_FIT = (  # settings that change no fit
 class Study:
     """What all fits share."""
     settings: Settings
-    recipe: train.Settings  # how a STOP is trained
+    recipe: train_command.Settings  # how a STOP is trained
     model: Decoder
     tokenizer: Tokenizer
     problems: list    # of Problem, to make labels from
@@ -333,7 +335,7 @@ def fit(study, prefixes, paths, seed):
     recipe.epochs = epochs_of(len(training), recipe)
     training = CutRows(study.model, training, recipe.batch_size, recipe.m, paths)
     held = CutRows(study.model, held, recipe.batch_size, recipe.m, paths)
-    stop = train.new_stop(study.model, recipe)
+    stop = engine_fit.new_stop(study.model, recipe)
     optimizer = torch.optim.AdamW(stop.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     best = math.inf
     steps = recipe.epochs * math.ceil(len(training.batches) / recipe.accumulation)
@@ -393,7 +395,7 @@ def read_fit(study, way, budget, seed):
     file = fit_file(study, way, budget, seed)
     content = read_sealed(file, identity_of(study, way, budget, seed), "remove it to fit again")
     saved = torch.load(io.BytesIO(content), map_location=study.model.device, weights_only=True)
-    stop = train.new_stop(study.model, study.recipe)
+    stop = engine_fit.new_stop(study.model, study.recipe)
     stop.load_state_dict(saved["stop"])
     return stop.eval(), saved["about"]
 
@@ -577,10 +579,10 @@ def check(settings):
 
 def read_recipe(settings):
     """train.py's settings of the model's recipe.json, for a STOP of this study's checkpoints."""
-    content, file = train.recipe({"model": settings.model})
-    check_values(train.Settings, content, file)
-    recipe = train.Settings(**content)
-    train.check(recipe)
+    content, file = train_command.recipe({"model": settings.model})
+    check_values(train_command.Settings, content, file)
+    recipe = train_command.Settings(**content)
+    train_command.check(recipe)
     return dataclasses.replace(recipe, prefix=settings.prefix)
 
 

@@ -24,10 +24,11 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from baselines import CONFIDENCES, JUDGE, confidence, judge_scores, redundancy
+from commands.common import open_model
 from eval import STOP, select
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.records import write_atomic
-from sample import Batch, Path, Sampling, check_prompts, open_model, sampling_of
+from sample import Batch, Path, Sampling, check_prompts, sampling_of
 from shared import StopSettings, load_judge, load_problems, load_stop, require
 from stop import score_live
 

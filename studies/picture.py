@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from plumbing import picture
+from commands import picture
+from commands.common import open_model
 from plumbing.answers import extract_answer
 from plumbing.budget_plan import parse_cascade
 from plumbing.command_line import command_line, option, require_positive, shown
-from sample import open_model, room, sampling_of
+from sample import room, sampling_of
 from shared import StopSettings, load_problems, load_stop
 from stop import launch_check_resume
 from toy.reading import wrong_part

@@ -59,17 +59,19 @@ except ImportError:
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from baselines import progress
-from eval import Interval
+from commands.common import open_model
+from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import read_problems
 from plumbing.records import Job, digest, locked, write_atomic
-from sample import Batch, Path, generate, model_digest, open_model, prefill, sampling_of
+from plumbing.statistics import Interval
+from sample import Batch, Path, generate, prefill, sampling_of
 from shared import (
     StopSettings, load_problems, load_stop, numbers, path_lengths, require, stored_paths,
     write_table)
-from stop import like_lengths, score_ended, score_live, stop_digest
+from stop import like_lengths, score_ended, score_live
 
 SKETCH = 512            # numbers that a gradient of all weights is folded to
 SHARES = (0.25, 0.4, 0.6, 0.8)

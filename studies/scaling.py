@@ -24,9 +24,10 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from baselines import JUDGE, confidence, judge_scores, redundancy
-from eval import STOP, interval, select, tokens_spent, worth
+from eval import STOP, select, tokens_spent, worth
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.records import write_atomic
+from plumbing.statistics import interval
 from shared import (
     StoredSettings, group_answers, load_judge, open_stored, orders, path_lengths, require,
     stop_scores, vote_is_right, write_table)

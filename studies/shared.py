@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from baselines import progress
+from commands.common import open_model, stop_folder
+from engine.stored import sample_paths
 from model import Decoder
 from plumbing.answers import same_vote
 from plumbing.checkpoint import find_folder
@@ -20,8 +22,8 @@ from plumbing.command_line import Common, option, require_positive, shown
 from plumbing.problems import read_problems
 from plumbing.records import locked, write_atomic
 from plumbing.tokenizer import Tokenizer
-from sample import open_model, sample_paths, sampling_of
-from stop import Stop, stop_folder
+from sample import sampling_of
+from stop import Stop
 
 
 def require(name, fits, found, expected):

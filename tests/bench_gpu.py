@@ -3,9 +3,9 @@
     python tests/bench_gpu.py [--out bench_gpu.json] [--parts decode,check] [--device cuda]
 
 Real shapes, random weights made on the device, cached lengths set instead of decoded. In order: the
-tests of tests/test_cuda.py, the copy bandwidth that bounds a decode step, decoding at 1.5B beside
-transformers, prefill, the check against its launch, refill, a step of the fit, gpt-oss-20b. Figures
-are written after each part, so that a run that is cut off keeps those it has.
+tests of tests/story/test_cuda.py, the copy bandwidth that bounds a decode step, decoding at 1.5B
+beside transformers, prefill, the check against its launch, refill, a step of the fit, gpt-oss-20b.
+Figures are written after each part, so that a run that is cut off keeps those it has.
 """
 import argparse
 import dataclasses
@@ -118,8 +118,8 @@ def measure_steps(bench, batch, steps=32):
 
 
 def cuda_tests(bench):
-    """tests/test_cuda.py in a process of its own: its last line."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"]
+    """tests/story/test_cuda.py in a process of its own: its last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/story/test_cuda.py"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     return {"status": run.returncode, "result": (run.stdout.strip().splitlines() or [""])[-1]}
 

@@ -259,10 +259,14 @@ class Fuse:
 def call_script(monkeypatch, capsys, script, *words):
     """Run a script's entry in this process with a command line -> (exit status, stdout, stderr).
     script: the module; words: the arguments, paths and numbers included."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+    name = script.__name__.removeprefix("commands.")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
     status = 0
     try:
-        command_line(script.Settings, script.main, getattr(script, "recipe", None))
+        if name != script.__name__:
+            script.main()
+        else:
+            command_line(script.Settings, script.main)
     except SystemExit as error:
         status = error.code
     printed = capsys.readouterr()

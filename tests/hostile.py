@@ -8,11 +8,8 @@ import sys
 import tokenizers
 from helpers import raw_config, write_checkpoint, write_lines
 
-import eval as evaluation
-import sample
-import stop
-import train
-from plumbing.command_line import command_line
+from commands import sample, stop, train
+from commands import eval as evaluation
 
 WORDS = ["<unk>", "<eos>", "\\boxed{0}", "\\boxed{1}", "\\boxed{2}", *"abcdefghijklmnopqrs"]
 SCRIPTS = {"sample": sample, "stop": stop, "score": stop, "eval": evaluation, "train": train}
@@ -72,7 +69,7 @@ def run(script, folder, *words):
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            command_line(module.Settings, module.main, getattr(module, "recipe", None))
+            module.main()
     except SystemExit as error:
         status = error.code
     finally:

@@ -9,9 +9,11 @@ import pytest
 from helpers import ROOT
 
 FLOORS = {
-    "plumbing": 1, "kvcache": 2, "lora": 2, "model": 3, "sample": 4, "stop": 5, "baselines": 6,
-    "eval": 7, "train": 8}
-ROOMS = [name for name in FLOORS if name != "plumbing"]
+    "plumbing": 1, "kvcache": 1, "lora": 1, "model": 2, "sample": 3, "stop": 4, "baselines": 4,
+    "eval": 5, "train": 5, "engine": 6, "commands": 7}
+PACKAGE_FLOORS = ("plumbing", "engine", "commands")
+ROOMS = [name for name in FLOORS if name not in PACKAGE_FLOORS]
+SCRIPTS = ("sample", "stop", "eval", "train")
 PACKAGES = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy"}
 WITH_TORCH = {"jinja2", "sympy", "mpmath"}  # torch brings them along; plumbing may use them
 OPTIONAL = {"transformers", "peft", "matplotlib"}  # of studies, oracle and tests
@@ -31,7 +33,9 @@ def files_in(*places):
 
 
 def every_file():
-    return files_in(".", "plumbing", "studies", "oracle", "toy", "tests")
+    tests = [f"tests/{folder}" for folder in (
+        ".", "story", "engine", "commands", "plumbing", "studies", "oracle")]
+    return files_in(".", *PACKAGE_FLOORS, "studies", "oracle", "toy", *tests)
 
 
 def name_of(file):
@@ -77,13 +81,34 @@ def test_the_top_holds_exactly_the_eight_scripts():
 @pytest.mark.parametrize("name", ROOMS)
 def test_imports_run_downward_only(name):
     """A room knows the floors below it, nothing of its own floor or above, no study and no test,
-    and five packages."""
-    for other in top_level(imports_of(parse(ROOT / f"{name}.py"))):
+    and five packages. Its last line alone, where it is a script, knows its command."""
+    tree = parse(ROOT / f"{name}.py")
+    if name in SCRIPTS:
+        last = f"if __name__ == '__main__':\n    from commands.{name} import main\n    main()"
+        assert ast.unparse(tree.body[-1]) == last
+        tree = ast.Module(tree.body[:-1], [])
+    require_lower_floors(tree, name, f"{name}.py")
+
+
+@pytest.mark.parametrize("folder", ("engine", "commands"))
+def test_engine_and_commands_know_what_is_below_them(folder):
+    """Each file of a folder knows the floors below it, and its neighbours without a cycle."""
+    for file in files_in(folder):
+        require_lower_floors(parse(file), folder, name_of(file))
+    require_no_cycle(folder)
+
+
+def require_lower_floors(tree, floor, name):
+    """The imports of a file on this floor are of lower ones, of its own folder, or known
+    packages."""
+    for other in top_level(imports_of(tree)):
         if other in FLOORS:
-            assert FLOORS[other] < FLOORS[name], f"{name}.py imports {other}"
+            is_below = FLOORS[other] < FLOORS[floor]
+            is_own = other == floor and other in PACKAGE_FLOORS
+            assert is_below or is_own, f"{name} imports {other}"
         else:
             is_known = other in PACKAGES or other in sys.stdlib_module_names
-            assert is_known, f"{name}.py imports {other}"
+            assert is_known, f"{name} imports {other}"
 
 
 def test_plumbing_knows_no_room():
@@ -94,11 +119,16 @@ def test_plumbing_knows_no_room():
 
 def test_plumbing_has_no_cycle():
     """Its files may use each other, downward."""
-    names = {file.stem for file in files_in("plumbing")}
+    require_no_cycle("plumbing")
+
+
+def require_no_cycle(folder):
+    """The files of a folder use each other downward."""
+    names = {file.stem for file in files_in(folder)}
     below = {}
-    for file in files_in("plumbing"):
+    for file in files_in(folder):
         used = imports_of(parse(file))
-        below[file.stem] = {name for name in names if f"plumbing.{name}" in used}
+        below[file.stem] = {name for name in names if f"{folder}.{name}" in used}
     while below:
         lowest = {name for name, others in below.items() if not others & below.keys()}
         assert lowest, f"a cycle among {sorted(below)}"
@@ -131,7 +161,7 @@ def test_every_file_says_what_it_is():
 
 def test_public_names_have_docstrings():
     silent = []
-    for file in files_in(".", "plumbing", "studies", "oracle", "toy"):
+    for file in files_in(".", *PACKAGE_FLOORS, "studies", "oracle", "toy"):
         for node in parse(file).body:
             is_public = isinstance(node, DEFINITION) and not node.name.startswith("_")
             if is_public and not ast.get_docstring(node):

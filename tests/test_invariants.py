@@ -10,6 +10,8 @@ from helpers import (
 
 import sample
 import train
+from commands import train as train_command
+from engine import forecast
 from sample import Batch, Path, Sampling, draw, generate, path_key, prefill, probabilities, uniform
 from stop import launch_check_resume
 
@@ -235,15 +237,15 @@ def test_7_training_touches_the_module_and_nothing_else(model):
 
 def train_toy(out, test):
     """A very small run of train.py on the embedded toy."""
-    train.main(train.Settings(
+    train_command.run(train_command.Settings(
         model=str(ROOT / "toy"), test=str(test), out=str(out), problems=4, paths=4, low=0, high=4,
         prefix="40", prefixes=2, rollouts=2, max_new_tokens=90, batch=6, rank=2, epochs=2,
         batch_size=4, accumulation=1, validation=0.3, n=2, keep=1, device="cpu", dtype="float32"))
 
 
 def test_8_a_killed_run_continues_to_the_same_labels_and_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "decoding_rate", lambda *_: 1000.0)
-    monkeypatch.setattr(train, "fit_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(forecast, "decoding_rate", lambda *_: 1000.0)
+    monkeypatch.setattr(forecast, "fit_seconds", lambda *_: 1.0)
     test = tmp_path / "test.jsonl"
     test.write_text((ROOT / "toy" / "test.jsonl").read_text().splitlines(True)[0])
     train_toy(tmp_path / "whole", test)

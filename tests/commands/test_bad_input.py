@@ -10,7 +10,7 @@ from helpers import (
     call_script, random_model, random_prompt, raw_config, start_script, write_checkpoint,
     write_tokenizer)
 
-import sample
+from commands import sample
 from lora import LoRA
 from plumbing import command_line as room
 from plumbing.command_line import check_values, option, shown

@@ -19,11 +19,14 @@ from safetensors.torch import load_file
 
 import sample
 import train
+from commands import train as train_command
+from engine import forecast, stored
+from engine import fit as engine_fit
+from engine.forecast import Plan
 from model import load
 from plumbing import memory, processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.labels import LABEL_KEYS
-from plumbing.plan import Plan
 from plumbing.problems import Problem, read_problems
 from plumbing.records import Job, locked
 from plumbing.tokenizer import Tokenizer
@@ -44,13 +47,13 @@ PLAN = Plan(
 
 def small(**changes):
     """Settings of a small run on the toy."""
-    return train.Settings(**SMALL | changes)
+    return train_command.Settings(**SMALL | changes)
 
 
 def skip_measuring(monkeypatch):
     """The plan takes no time to measure rates: they are not what is tested here."""
-    monkeypatch.setattr(train, "decoding_rate", lambda *_: 1000.0)
-    monkeypatch.setattr(train, "fit_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(forecast, "decoding_rate", lambda *_: 1000.0)
+    monkeypatch.setattr(forecast, "fit_seconds", lambda *_: 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +75,7 @@ def run(few, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as monkeypatch:
         skip_measuring(monkeypatch)
-        train.main(small(test=few, out=str(out)))
+        train_command.run(small(test=few, out=str(out)))
     return out
 
 
@@ -128,7 +131,7 @@ def test_a_path_that_ends_early_is_its_own_label(toy, tmp_path):
     out."""
     problems = read_problems(TOY / "train.jsonl")[:3]
     settings = small(prefix="199", low=0, high=8)
-    train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
     by_id = {problem.id: problem for problem in problems}
     ended = []
     for record in read_lines(tmp_path / "labels.jsonl"):
@@ -179,12 +182,12 @@ def test_labels_by_hand(toy, tmp_path, monkeypatch):
     problems = [Problem(str(count), "?", "1") for count in (3, 4, 28, 29)]
     paths = [[7, 8]] + [[9, i, 9, 9] for i in range(1, 32)]
     asked = []
-    monkeypatch.setattr(train, "sample_paths", stored_paths((3, 4, 28, 29), paths))
-    monkeypatch.setattr(train, "sample_all", continue_by_number(asked))
+    monkeypatch.setattr(stored, "sample_paths", stored_paths((3, 4, 28, 29), paths))
+    monkeypatch.setattr(stored, "sample_all", continue_by_number(asked))
     monkeypatch.setattr(train, "extract_answer", answer_if_listed(("9 1 0", "9 1 2", "9 2 3")))
-    settings = train.Settings(
+    settings = train_command.Settings(
         prefix="2", prefixes=3, rollouts=4, batch=12, max_new_tokens=10, temperature=0.7, seed=3)
-    records = train.make_labels(toy.model, Counted(), problems, settings, tmp_path, PLAN)
+    records = stored.make_labels(toy.model, Counted(), problems, settings, tmp_path, PLAN)
     expected = []
     for name in ("4", "28"):
         for number, ids, successes in ((0, [7, 8], 4), (1, [9, 1], 2), (2, [9, 2], 1)):
@@ -201,13 +204,13 @@ def test_labels_at_several_checkpoints_by_hand(toy, tmp_path, monkeypatch):
     the room that the limit leaves behind its own checkpoint."""
     paths = [[7, 8, 7]] + [[9, i, 9, 9, 9] for i in range(1, 32)]
     asked = []
-    monkeypatch.setattr(train, "sample_paths", stored_paths((4,), paths))
-    monkeypatch.setattr(train, "sample_all", continue_by_number(asked))
+    monkeypatch.setattr(stored, "sample_paths", stored_paths((4,), paths))
+    monkeypatch.setattr(stored, "sample_all", continue_by_number(asked))
     monkeypatch.setattr(
         train, "extract_answer", answer_if_listed(("7 8 1", "9 1 0", "9 1 9 9 1", "9 1 9 9 0")))
-    settings = train.Settings(
+    settings = train_command.Settings(
         prefix="4,2", prefixes=2, rollouts=2, max_new_tokens=10, temperature=0.7, seed=3)
-    records = train.make_labels(
+    records = stored.make_labels(
         toy.model, Counted(), [Problem("4", "?", "1")], settings, tmp_path, PLAN)
     found = []
     for record in records:
@@ -223,14 +226,14 @@ def test_labels_at_several_checkpoints_by_hand(toy, tmp_path, monkeypatch):
 def test_finished_labels_are_read_and_not_made(toy, tmp_path, monkeypatch, prefixes):
     """A run that has all its labels rolls nothing out when it is started again."""
     paths = [[9, i, 9, 9] for i in range(32)]
-    monkeypatch.setattr(train, "sample_paths", stored_paths((8,), paths))
-    settings = train.Settings(
+    monkeypatch.setattr(stored, "sample_paths", stored_paths((8,), paths))
+    settings = train_command.Settings(
         prefix="2", prefixes=prefixes, rollouts=2, batch=4, max_new_tokens=10)
     problems = [Problem("8", "?", "1")]
-    records = train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    records = stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
     content = (tmp_path / "labels.jsonl").read_bytes()
     monkeypatch.setattr(sample, "Batch", None)
-    again = train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    again = stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
     assert again == records
     assert len(records) == prefixes
     assert (tmp_path / "labels.jsonl").read_bytes() == content
@@ -286,7 +289,7 @@ def states(stop):
 def test_only_the_module_is_trained(run, toy, tmp_path):
     """Base weights are bit-equal and without gradient; every part of STOP moves."""
     before = states(toy.model)
-    stop = train.fit(toy.model, examples_of(run), small(), tmp_path, "run")
+    stop = engine_fit.fit(toy.model, examples_of(run), small(), tmp_path, "run")
     for name, value in toy.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for parameter in toy.model.parameters():
@@ -384,8 +387,8 @@ def test_the_best_epoch_is_not_the_last(toy, tmp_path, monkeypatch):
         seen.append(states(stop))
         return {"validation_loss": next(losses)}
 
-    monkeypatch.setattr(train, "validate", validate)
-    stop = train.fit(toy.model, random_examples(), small(epochs=4), tmp_path, "run")
+    monkeypatch.setattr(engine_fit, "validate", validate)
+    stop = engine_fit.fit(toy.model, random_examples(), small(epochs=4), tmp_path, "run")
     assert stop.trained["epoch"] == 2
     assert stop.trained["settings"]["epochs"] == 4
     for key, value in stop.state_dict().items():
@@ -400,7 +403,7 @@ def test_kept_caches_change_nothing(toy, tmp_path):
         out = tmp_path / str(gigabytes)
         out.mkdir()
         settings = small(cache_gb=gigabytes, epochs=2)
-        stop = train.fit(toy.model, random_examples(), settings, out, "run")
+        stop = engine_fit.fit(toy.model, random_examples(), settings, out, "run")
         found.append(states(stop))
     for key, value in found[0].items():
         assert torch.equal(value, found[1][key])
@@ -484,7 +487,7 @@ def test_a_loss_that_is_no_number_stops_the_run(toy, tmp_path):
     """By name and in one line, and nothing is saved: neither a STOP nor a state to go on from."""
     settings = small(lr=1e30, epochs=3)
     with pytest.raises(ValueError, match="found NaN or infinity, expected finite") as caught:
-        train.fit(toy.model, random_examples(), settings, tmp_path, "run")
+        engine_fit.fit(toy.model, random_examples(), settings, tmp_path, "run")
     assert "\n" not in str(caught.value)
     for file in tmp_path.rglob("stop.safetensors"):
         for tensor in load_file(file).values():
@@ -509,13 +512,13 @@ CHANGES = (
 def test_settings_reach_the_module(toy, tmp_path, monkeypatch):
     """A setting that is read and then dropped would leave the same weights."""
     losses = iter(range(99, 0, -1))  # the last epoch is the best
-    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    monkeypatch.setattr(engine_fit, "validate", lambda *_: {"validation_loss": next(losses)})
     heads = set()
     for number, changes in enumerate(CHANGES):
         out = tmp_path / str(number)
         out.mkdir()
         settings = small(**{"epochs": 3, "lr": 5e-3, "validation": 0.5} | changes)
-        stop = train.fit(toy.model, random_examples(), settings, out, "run")
+        stop = engine_fit.fit(toy.model, random_examples(), settings, out, "run")
         heads.add(tuple(stop.head.weight.flatten().tolist()))
     assert len(heads) == len(CHANGES)
 
@@ -539,8 +542,8 @@ def test_the_authors_records_and_recipe(run, toy, tmp_path, key):
     for name in "ab":
         out = tmp_path / name
         out.mkdir()
-        examples = train.given_labels(file, toy.model, toy.tokenizer, 4, [])
-        found.append(states(train.fit(toy.model, examples, settings, out, "run")))
+        examples = train_command.given_labels(file, toy.model, toy.tokenizer, 4, [])
+        found.append(states(engine_fit.fit(toy.model, examples, settings, out, "run")))
     assert found[0]["tokens"].shape == (1, 96)
     assert found[0]["head.bias"].shape == (2,)
     linears = {name.split(".")[-3] for name in found[0] if "lora_A" in name}
@@ -555,7 +558,7 @@ def test_records_without_a_problem(toy, tmp_path):
     keys = ({"id": 4}, {"problem_id": 4}, {"problem_id": "x", "id": "y"}, {}, {})
     record = {"prefix_token_ids": [5], "soft_label": 1}
     file = write_lines(tmp_path / "labels.jsonl", [record | key for key in keys])
-    examples = train.given_labels(file, toy.model, toy.tokenizer, 4, [])
+    examples = train_command.given_labels(file, toy.model, toy.tokenizer, 4, [])
     found = [example.problem for example in examples]
     assert found == ["4", "4", "y", "line 4", "line 5"]
 
@@ -578,7 +581,7 @@ def test_bad_labels(toy, tmp_path, lines, message):
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(line + "\n" for line in lines))
     with pytest.raises(ValueError, match=message) as caught:
-        train.given_labels(file, toy.model, toy.tokenizer, 4, [])
+        train_command.given_labels(file, toy.model, toy.tokenizer, 4, [])
     assert str(caught.value).startswith(str(file))
     assert "\n" not in str(caught.value)
 
@@ -593,7 +596,7 @@ def test_labels_of_a_held_out_problem_are_refused(toy, few, tmp_path):
     file = write_lines(tmp_path / "labels.jsonl", records)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="labels.jsonl:2: problem 1 is held-out problem"):
-        train.main(small(test=few, labels=str(file), out=str(out)))
+        train_command.run(small(test=few, labels=str(file), out=str(out)))
     assert not list(out.rglob("*"))
 
 
@@ -637,7 +640,7 @@ def interrupted(settings, calls):
         patch.setattr(os, "replace", fuse(os.replace))
         patch.setattr(pathlib.Path, "unlink", fuse(pathlib.Path.unlink))
         try:
-            train.main(settings)
+            train_command.run(settings)
             return False
         except Killed:
             return True
@@ -692,13 +695,13 @@ def test_killed_and_started_again(run, few, tmp_path):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda *_: end())
+        patch.setattr(train_command, "fit", lambda *_: end())
         kills = kill_until_done(settings, out, rng, (350, 40), lambda: has_all_labels(out, run))
     assert has_all_labels(out, run)
     assert kills >= 10
     fit_kills = kill_until_done(settings, out, rng, (14, 7), lambda: False)
     assert fit_kills >= 10
-    train.main(settings)
+    train_command.run(settings)
     assert_same_run(out, run)
 
 
@@ -738,9 +741,9 @@ def test_a_changed_state_is_not_gone_on_from(run, few, tmp_path):
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     message = "fit.pt: damaged, or another run's: remove it to fit again"
     with pytest.raises(ValueError, match=message):
-        train.main(settings)
+        train_command.run(settings)
     file.unlink()
-    train.main(settings)
+    train_command.run(settings)
     assert_same_run(out, run)
 
 
@@ -755,7 +758,7 @@ def alone(few, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
         skip_measuring(monkeypatch)
-        train.main(train.Settings(**TOGETHER | {"test": few, "out": str(out)}))
+        train_command.run(train_command.Settings(**TOGETHER | {"test": few, "out": str(out)}))
     return out
 
 
@@ -822,13 +825,13 @@ def child_processes(pid):
 
 def test_another_run_in_the_same_folder_is_refused(run, few):
     with pytest.raises(ValueError, match="lr: found 0.001, expected 0.5"):
-        train.main(small(lr=0.5, test=few, out=str(run)))
+        train_command.run(small(lr=0.5, test=few, out=str(run)))
 
 
 def test_a_folder_at_work_is_refused(few, tmp_path):
     with locked(tmp_path):
         with pytest.raises(ValueError, match="another process is at work there"):
-            train.main(small(test=few, out=str(tmp_path)))
+            train_command.run(small(test=few, out=str(tmp_path)))
 
 
 @pytest.mark.parametrize("changed", ("data", "labels"))
@@ -842,13 +845,13 @@ def test_other_data_in_the_same_folder_is_refused(run, few, tmp_path, changed):
         epochs=1, rollouts=1, max_new_tokens=80, prefix="20", low=0, high=8, test=few,
         out=str(tmp_path / "out"), **{changed: str(file)})
     write_lines(file, records[:7])
-    train.main(settings)
+    train_command.run(settings)
     others = records[1:8]
     if changed == "labels":
         others = [record | {"soft_label": 0.25} for record in records[:7]]
     write_lines(file, others)
     with pytest.raises(ValueError, match="settings.json: content: found"):
-        train.main(settings)
+        train_command.run(settings)
 
 
 def test_held_out_problems_are_dropped_and_counted(few, tmp_path, capsys):
@@ -863,7 +866,7 @@ def test_held_out_problems_are_dropped_and_counted(few, tmp_path, capsys):
     settings = small(
         data=str(data), test=few, out=str(tmp_path / "out"), low=0, high=2, paths=2, rollouts=1,
         prefix="20", max_new_tokens=60, epochs=1)
-    train.main(settings)
+    train_command.run(settings)
     assert "data: 2 problems are held-out ones and were dropped" in capsys.readouterr().out
     names = {record["id"] for record in read_lines(tmp_path / "out" / "labels.jsonl")}
     assert names == {record["id"] for record in records}
@@ -871,13 +874,13 @@ def test_held_out_problems_are_dropped_and_counted(few, tmp_path, capsys):
 
 def test_data_that_are_all_held_out_are_refused(few, tmp_path):
     with pytest.raises(ValueError, match="data: found no problem"):
-        train.main(small(data=few, test=few, out=str(tmp_path)))
+        train_command.run(small(data=few, test=few, out=str(tmp_path)))
 
 
 def test_a_problem_without_an_answer_is_refused(few, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", [{"problem": "What?"}])
     with pytest.raises(ValueError, match="data.jsonl:1: answer"):
-        train.main(small(data=str(data), test=few, out=str(tmp_path)))
+        train_command.run(small(data=str(data), test=few, out=str(tmp_path)))
 
 
 def test_one_problem_cannot_be_split():
@@ -890,14 +893,14 @@ def test_no_problem_in_range_is_refused(toy, tmp_path):
     problems = read_problems(TOY / "train.jsonl")[:1]
     settings = small(low=8, high=8)
     with pytest.raises(ValueError, match="data: found no problem with 8 to 8 of 8 paths right"):
-        train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+        stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
 
 
 def test_a_checkpoint_beyond_the_limit_is_refused(toy, tmp_path):
     problems = read_problems(TOY / "train.jsonl")[:1]
     settings = small(prefix="200", low=0, high=8)
     with pytest.raises(ValueError, match="prefix: found 200, expected less than the limit of 200"):
-        train.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+        stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
 
 
 @pytest.mark.parametrize("changes", (
@@ -909,28 +912,28 @@ def test_a_checkpoint_beyond_the_limit_is_refused(toy, tmp_path):
     {"top_p": 0.0}), ids=str)
 def test_settings_that_cannot_be(few, tmp_path, monkeypatch, changes):
     """Refused by name before a model is loaded, not after hours of supervision."""
-    monkeypatch.setattr(train, "open_model", None)
+    monkeypatch.setattr(train_command, "open_model", None)
     (name,) = changes
     message = f"^{name.replace('top_p', 'top-p')}: found"
     with pytest.raises(ValueError, match=message) as caught:
-        train.main(small(**changes, test=few, out=str(tmp_path / "out")))
+        train_command.run(small(**changes, test=few, out=str(tmp_path / "out")))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_toys_recipe_is_overruled_here():
     """Not a property: the runs of these tests are the same as commands and in this process."""
-    content, _ = train.recipe({"model": str(TOY)})
+    content, _ = train_command.recipe({"model": str(TOY)})
     assert content.keys() <= SMALL.keys()
 
 
 def test_what_comes_first(tmp_path):
     """A flag before the recipe, the recipe before the defaults. A checkpoint may be a number."""
     (tmp_path / "recipe.json").write_text('{"rank": 7, "lr": 0.5, "prefix": 40}')
-    content, source = train.recipe({"model": str(tmp_path)})
+    content, source = train_command.recipe({"model": str(tmp_path)})
     assert content == {"rank": 7, "lr": 0.5, "prefix": "40"}
     assert source == tmp_path / "recipe.json"
-    content, _ = train.recipe({"model": str(tmp_path / "none")})
+    content, _ = train_command.recipe({"model": str(tmp_path / "none")})
     assert content == {}
 
 
@@ -939,20 +942,20 @@ def test_what_comes_first(tmp_path):
 
 def test_what_changes_no_result_is_no_part_of_a_run():
     """Rows at a time, the device, kept caches, the folder itself: a run goes on with others."""
-    names = {field.name for field in dataclasses.fields(train.Settings)}
-    assert set(train.NO_PART_OF_A_RUN) <= names
-    assert set(train.NO_PART_OF_A_RUN) == {"batch", "device", "cache_gb", "out", "plan"}
+    names = {field.name for field in dataclasses.fields(train_command.Settings)}
+    assert set(train_command.NO_PART_OF_A_RUN) <= names
+    assert set(train_command.NO_PART_OF_A_RUN) == {"batch", "device", "cache_gb", "out", "plan"}
 
 
 def test_half_of_the_free_memory_is_for_caches(toy, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 8e9)
-    assert train.cache_bytes(toy.model, small()) == 4e9
-    assert train.cache_bytes(toy.model, small(cache_gb=0.5)) == 2 ** 29
+    assert engine_fit.cache_bytes(toy.model, small()) == 4e9
+    assert engine_fit.cache_bytes(toy.model, small(cache_gb=0.5)) == 2 ** 29
 
 
 def test_the_last_line_is_json(run, few, capsys):
     """A finished run, started again, only evaluates again and says where everything is."""
-    train.main(small(test=few, out=str(run)))
+    train_command.run(small(test=few, out=str(run)))
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["out"] == str(run)
     assert last["stop"] == str(run / "stop")

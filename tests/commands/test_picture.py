@@ -14,8 +14,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from helpers import ROOT, call_script, run_script, write_tokenizer
 
-import stop
-from plumbing import picture
+from commands import picture, stop
 from plumbing.answers import extract_answer
 from plumbing.tokenizer import Tokenizer
 from sample import Path

@@ -17,7 +17,7 @@ from hostile import SCRIPTS, attempt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import train
+from commands import train as train_command
 from plumbing.command_line import value_type
 
 # What no setting of a type may be, as a flag and as JSON.
@@ -122,7 +122,7 @@ def test_no_recipe_takes_what_a_setting_cannot_be(copy, tmp_path, draw):
     file = copy / "recipe.json"
     recipe = json.loads(file.read_text())
     out = tmp_path / "out"
-    for field in dataclasses.fields(train.Settings):
+    for field in dataclasses.fields(train_command.Settings):
         values = [*draw.sample(BAD_VALUES[value_type(field)], 3)]
         if value_type(field) in (int, float) and field.name not in ("seed", "temperature"):
             values.append("-1")

@@ -12,8 +12,9 @@ from test_studies import check_refusal, folder, lively, run, write_lines  # noqa
 
 sys.path.insert(0, str(ROOT / "studies"))
 import labels
-import sample
 import train
+from commands import train as train_command
+from engine import stored
 from model import load
 from plumbing.tokenizer import Tokenizer
 from sample import generate, prefill
@@ -98,9 +99,9 @@ def test_rows_cut_from_one_cache():
     (64 * 50, 15),  # 750 steps: the recipe's epochs
     (64 * 100, 12), (64 * 400, 3), (64 * 5000, 1)])  # the most, 1,200; one epoch at least
 def test_the_rule_of_epochs(prefixes, epochs):
-    recipe = train.Settings(epochs=15, batch_size=64, accumulation=1)
+    recipe = train_command.Settings(epochs=15, batch_size=64, accumulation=1)
     assert labels.epochs_of(prefixes, recipe) == epochs
-    halves = train.Settings(epochs=15, batch_size=32, accumulation=2)
+    halves = train_command.Settings(epochs=15, batch_size=32, accumulation=2)
     assert labels.epochs_of(prefixes, halves) == epochs
 
 
@@ -113,7 +114,7 @@ def lenient(monkeypatch):
     def is_even(answer, reference, kind):
         return answer == "0"
 
-    for module in (sample, train):
+    for module in (stored, train):
         monkeypatch.setattr(module, "extract_answer", lambda text, kind: even(text))
         monkeypatch.setattr(module, "same_answer", is_even)
 

@@ -17,7 +17,7 @@ from stop import Stop, rank
 
 PAGE = ROOT / "studies" / "walkthrough.md"
 README = ROOT / "README.md"
-MARKER = "<!-- STOP in six lines: tests/test_walkthrough.py runs this block -->"
+MARKER = "<!-- STOP in six lines: tests/studies/test_walkthrough.py runs this block -->"
 BLOCK = re.compile(re.escape(MARKER) + r"\s*```python\n(.*?)```", re.DOTALL)
 
 

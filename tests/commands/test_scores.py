@@ -9,7 +9,7 @@ from helpers import (
     read_lines, write_checkpoint, write_lines, write_tokenizer)
 from safetensors.torch import load_file
 
-import stop as room
+from commands import stop as room
 from model import load
 from plumbing import scores
 from plumbing.labels import LABEL_KEYS, read_prefixes

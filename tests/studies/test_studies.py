@@ -27,13 +27,16 @@ import scaling
 import shared
 import train
 from baselines import CONFIDENCES, JUDGE, confidence, judge_scores, redundancy
-from eval import STOP, interval
+from commands import train as train_command
+from engine.stored import sample_paths
+from eval import STOP
 from model import load
 from plumbing.answers import same_answer
 from plumbing.command_line import command_line
 from plumbing.problems import Problem, read_problems
+from plumbing.statistics import interval
 from plumbing.tokenizer import Tokenizer
-from sample import Sampling, generate, sample_paths
+from sample import Sampling, generate
 from stop import Stop, retention, vote
 from train import Example
 
@@ -234,7 +237,7 @@ def test_the_judge_is_a_checkpoint(folder, judge_flags, tmp_path, run):
     reader = load(tmp_path / "a")
     assert reader.config.reward and reader.config.eos_ids == (3, 50, 99)
 
-    examples = train.given_labels(folder / "labels.jsonl", reader, tokenizer, 0, [])
+    examples = train_command.given_labels(folder / "labels.jsonl", reader, tokenizer, 0, [])
     _, validation = train.split(examples, 0.3, 0)
     total = 0.0
     with torch.no_grad():
@@ -504,7 +507,7 @@ def test_a_probe_finds_the_best_line():
     examples = []
     for i, label in enumerate((states @ line).sigmoid().tolist()):
         examples.append(Example([i], label, f"p{i % 60}", None))
-    settings = train.Settings(
+    settings = train_command.Settings(
         lr=0.02, batch_size=32, accumulation=1, epochs=60, validation=0.2, cosine=True,
         weight_decay=0.0)
     head = ablations.fit_head(torch.nn.Linear(5, 1), states, examples, settings)
@@ -636,7 +639,7 @@ def test_the_table_of_variants(folder, variants, monkeypatch, run):
         return graded
 
     monkeypatch.setattr(ablations, "stored_paths", graded_paths)
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(train_command, "fit", None)
     monkeypatch.setattr(ablations, "fit_head", None)
     outcome = run(ablations, *argv, *asked)
     assert outcome.status == 0, outcome.err

@@ -12,15 +12,17 @@ import pytest
 import torch
 from helpers import ROOT, raw_config, write_checkpoint, write_tokenizer
 
-import eval as evaluation
 import sample
 from baselines import CONFIDENCES, JUDGE
-from eval import (
-    STOP, Settings, auroc, calibration_error, evaluate, interval, pairwise_accuracy, run, select,
-    spearman, summary, table)
+from commands import eval as eval_command
+from commands import train as train_command
+from commands.eval import Settings
+from engine import protocol
+from engine.protocol import run
+from eval import STOP, evaluate, select, summary, table
 from model import load
-from plumbing.command_line import command_line
 from plumbing.problems import Problem
+from plumbing.statistics import auroc, calibration_error, interval, pairwise_accuracy, spearman
 from plumbing.tokenizer import Tokenizer
 from stop import Stop
 
@@ -347,8 +349,7 @@ def test_a_run_takes_what_stop_was_trained_for(pair, tmp_path, given, prefix, li
 
 
 def test_a_run_takes_the_settings_of_training(pair, tmp_path):
-    import train
-    settings = train.Settings(n=2, keep=1, batch=4, seed=1, prefix=2)
+    settings = train_command.Settings(n=2, keep=1, batch=4, seed=1, prefix=2)
     take_the_trained(tmp_path / "out", pair, settings, 2, 7)
 
 
@@ -377,13 +378,13 @@ def test_the_report_file(pair, tmp_path):
 def test_the_window_reaches_the_scores(pair, tmp_path, monkeypatch, window, resolved):
     """The one given, else an eighth of the checkpoint."""
     asked = []
-    honest = evaluation.confidence
+    honest = protocol.confidence
 
     def noted(model, records, prefix, window):
         asked.append((prefix, window))
         return honest(model, records, prefix, window)
 
-    monkeypatch.setattr(evaluation, "confidence", noted)
+    monkeypatch.setattr(protocol, "confidence", noted)
     settings = Settings(n=2, keep=1, batch=4, prefix=17, max_new_tokens=20)
     report = run(*pair, Known([0.5] * 2), PROBLEMS[:1], settings, tmp_path, window=window)
     assert asked == [(17, resolved)] and report["settings"]["window"] == resolved
@@ -446,7 +447,7 @@ def test_verify_catches_a_doctored_path(pair, stop, tmp_path, capsys, monkeypatc
     """One token of one kept path, before the checkpoint or after it, in a file sealed anew."""
     settings = Settings(n=6, keep=2, batch=12, prefix=4, max_new_tokens=12, dtype="float32")
     report = run(*pair, stop, PROBLEMS, settings, tmp_path)
-    honest = evaluation.sample_paths
+    honest = protocol.sample_paths
     chosen = report["rows"][STOP]["kept"][2]
 
     def doctored(*args, **how):
@@ -455,7 +456,7 @@ def test_verify_catches_a_doctored_path(pair, stop, tmp_path, capsys, monkeypatc
         kept[where] = (kept[where] + 1) % 256
         return records
 
-    monkeypatch.setattr(evaluation, "sample_paths", doctored)
+    monkeypatch.setattr(protocol, "sample_paths", doctored)
     message = "^verify: found 1 problems that differ, expected none in float32$"
     with pytest.raises(ValueError, match=message):
         run(*pair, stop, PROBLEMS, settings, tmp_path, verify=True)
@@ -496,7 +497,7 @@ def call(checkpoint, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", flags_for(checkpoint, tmp_path / "out", *more))
         status = 0
         try:
-            command_line(Settings, evaluation.main)
+            eval_command.main()
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
@@ -582,7 +583,7 @@ def test_a_users_mistake_is_one_line(call, checkpoint, break_it, flags, message)
     (("--top-p", "0"), "top-p: found 0.0"),
     (("--judge-aggregate", "sum"), "judge_aggregate: found 'sum', expected last, min or mean")))
 def test_a_wrong_setting_is_refused_before_the_model_is_read(call, monkeypatch, flags, message):
-    monkeypatch.setattr(evaluation, "open_model", None)
+    monkeypatch.setattr(eval_command, "open_model", None)
     status, out, err = call(*flags)
     (error,) = err.splitlines()
     assert status == 2 and error.startswith("error: ") and message in error

@@ -18,7 +18,7 @@ from sample import generate, prefill
 from stop import Stop, launch_check_resume
 
 FOLDER = os.environ.get("STOP_REAL_MODEL")
-SHIPPED = pathlib.Path(__file__).parents[1] / "real" / "qwen2.5-coder-0.5b-svamp"
+SHIPPED = pathlib.Path(__file__).parents[2] / "real" / "qwen2.5-coder-0.5b-svamp"
 
 pytestmark = pytest.mark.skipif(not FOLDER, reason="STOP_REAL_MODEL names no checkpoint directory")
 

@@ -13,13 +13,14 @@ from helpers import (
     write_checkpoint, write_lines, write_tokenizer)
 
 import sample
+from engine import stored
+from engine.stored import sample_paths
 from model import load
 from plumbing import memory
 from plumbing.problems import Problem
 from plumbing.tokenizer import Tokenizer
 from sample import (
-    Batch, Path, Sampling, choose, draw, generate, mix, path_key, prefill, probabilities,
-    sample_paths, uniform)
+    Batch, Path, Sampling, choose, draw, generate, mix, path_key, prefill, probabilities, uniform)
 
 SETTINGS = [
     (0.6, 40, 0.95), (1.0, 0, 0.9), (0.8, 5, 1.0), (1.3, 0, 0.5), (1.0, 0, 1.0), (2.0, 7, 0.3),
@@ -769,7 +770,7 @@ class Counted:
 def test_stored_answers_are_graded(pair, tmp_path, monkeypatch):
     """Each path against its own problem's answer: 1 where the path has an odd number of tokens,
     else 2."""
-    monkeypatch.setattr(sample, "extract_answer", lambda text, kind: str(2 - len(text) % 2))
+    monkeypatch.setattr(stored, "extract_answer", lambda text, kind: str(2 - len(text) % 2))
     problems = [Problem("a", "What?", "1"), Problem("b", "Who?", "2")]
     records = store((pair[0], Counted()), tmp_path, problems, n=12)
     grades = set()
@@ -791,7 +792,7 @@ def test_interrupted_sampling_goes_on(pair, tmp_path, monkeypatch, after):
         fuse = Fuse(after + 5 * kills)  # longer each time, or no problem would ever be finished
         with monkeypatch.context() as patch:
             patch.setattr(Batch, "settle", fuse(Batch.settle))
-            patch.setattr(sample, "extract_answer", fuse(sample.extract_answer))
+            patch.setattr(stored, "extract_answer", fuse(stored.extract_answer))
             try:
                 store(pair, tmp_path / "killed", batch=(6, 1, 4, None)[kills % 4])
                 break
@@ -806,21 +807,21 @@ def test_a_finished_problem_is_on_disk_before_the_others_are(pair, tmp_path, mon
     """A record at a time: what is stored when the run is killed is not sampled again."""
     fuse = Fuse(9)  # the third problem's answers, after three of each before it
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "extract_answer", fuse(sample.extract_answer))
+        patch.setattr(stored, "extract_answer", fuse(stored.extract_answer))
         with pytest.raises(Killed):
             store(pair, tmp_path, batch=3)
-    stored = read_lines(only_file(tmp_path))
-    assert len(stored) == 3
+    found = read_lines(only_file(tmp_path))
+    assert len(found) == 3
     asked = []
-    sample_all = sample.sample_all
+    sample_all = stored.sample_all
 
     def noted(model, prompts, *rest, **more):
         asked.extend(prompts)
         return sample_all(model, prompts, *rest, **more)
 
-    monkeypatch.setattr(sample, "sample_all", noted)
+    monkeypatch.setattr(stored, "sample_all", noted)
     records = store(pair, tmp_path, batch=3)
-    known = [record["prompt_ids"] for record in stored]
+    known = [record["prompt_ids"] for record in found]
     prompts = [record["prompt_ids"] for record in records]
     assert asked == [prompt for prompt in prompts if prompt not in known]
 

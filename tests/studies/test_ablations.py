@@ -13,9 +13,9 @@ from test_studies import check_refusal, folder, lively, run  # noqa: F401 (fixtu
 
 sys.path.insert(0, str(ROOT / "studies"))
 import ablations
-import train
-from eval import interval
+from commands import train as train_command
 from model import load
+from plumbing.statistics import interval
 from plumbing.tokenizer import Tokenizer
 from stop import Stop
 from train import Example
@@ -134,7 +134,7 @@ def test_a_set_head_learns_what_only_the_set_tells():
     examples = []
     for i, label in enumerate(labels.tolist()):
         examples.append(Example([1], label, f"p{i // 4}", 3))
-    settings = train.Settings(
+    settings = train_command.Settings(
         lr=0.02, batch_size=16, accumulation=1, epochs=60, validation=0.25, cosine=True,
         weight_decay=0.0)
     stop = Stop(random_model("qwen2", hidden_size=8, num_attention_heads=2, num_key_value_heads=1))

@@ -1,6 +1,6 @@
 """plumbing/cuda_graph.py on the CPU: a captured step repeats exactly the kernels that it was
 captured with, whatever Python would choose now. Here a step is captured as a call whose Python
-numbers are frozen; tests/test_cuda.py has the real one."""
+numbers are frozen; tests/story/test_cuda.py has the real one."""
 import contextlib
 
 import pytest

@@ -1,0 +1,1 @@
+"""What people type: one file a script, and the picture of a run."""

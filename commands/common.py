@@ -1,0 +1,40 @@
+"""What the command lines share: the model that they name, its STOP, the memory that it took."""
+import pathlib
+import re
+import resource
+
+import torch
+
+from model import load
+from plumbing import processes
+from plumbing.checkpoint import find_folder
+from plumbing.tokenizer import Tokenizer
+
+
+def open_model(settings):
+    """The Decoder and the Tokenizer that a script's settings name. ValueError on an unknown device
+    or dtype."""
+    if settings.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
+    try:
+        if re.fullmatch("cpu|mps|cuda(:[0-9]+)?", settings.device) is None:
+            raise RuntimeError("expected cpu, cuda, cuda:0 or mps")
+        device = processes.start(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: found {settings.device!r}: {reason}") from None
+    model = load(settings.model, device, getattr(torch, settings.dtype))
+    return model, Tokenizer(settings.model, settings.chat_format)
+
+
+def peak_memory():
+    """The most memory that was in use, in bytes: of the GPU if one was used, else of this
+    process."""
+    on_gpu = torch.cuda.max_memory_allocated()
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stop_folder(settings):
+    """The folder of the STOP that a script's settings name."""
+    return pathlib.Path(settings.stop or find_folder(settings.model) / "stop")

@@ -1,0 +1,1 @@
+"""The story made fast, restartable and shared: each file says which plain function it equals."""

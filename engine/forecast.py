@@ -1,0 +1,159 @@
+"""What a run of train.py will take: counts, memory and hours, said before it begins.
+
+Tokens are those of paths, rollouts and the evaluation, at most (every path as long as it may be)
+until the lengths of real paths are known. Rates are measured on the machine at hand, by a few
+steps.
+"""
+import dataclasses
+import math
+import time
+
+import torch
+
+from engine.fit import cache_bytes, new_stop
+from plumbing import memory, processes
+from sample import Batch, Path, room, sampling_of
+from stop import parse_checkpoints
+from train import Example, Prefixes
+
+
+@dataclasses.dataclass
+class Plan:
+    """A run's work, in numbers. Lengths are in tokens, rates in tokens a second, times in
+    seconds."""
+    problems: int           # to make labels from; 0 where the labels are given
+    paths: int              # a problem
+    prefixes: int           # to label or, where labels are given, to train on
+    rollouts: int           # a prefix
+    tests: int              # held-out problems
+    n: int                  # paths of each, to evaluate
+    path_length: float      # of a path, prompt apart
+    rollout_length: float   # of a rollout, from the checkpoint on
+    rate: float             # of decoding
+    fit_seconds: float
+
+    def tokens(self):
+        """{part: tokens to decode}."""
+        return {
+            "paths": self.problems * self.paths * self.path_length,
+            "rollouts": self.prefixes * self.rollouts * self.rollout_length,
+            "evaluation": self.tests * self.n * self.path_length}
+
+    def hours(self):
+        """{part: hours}, in the order of the work."""
+        tokens = self.tokens()
+        decoding = {part: count / self.rate / 3600 for part, count in tokens.items()}
+        return {
+            "paths": decoding["paths"],
+            "rollouts": decoding["rollouts"],
+            "fit": self.fit_seconds / 3600,
+            "evaluation": decoding["evaluation"]}
+
+    def describe_work(self):
+        """Lines that say how much there is to do."""
+        tokens = self.tokens()
+        lines = []
+        if self.problems:
+            lines.append(
+                f"{self.problems:,} problems x {self.paths} paths, "
+                f"{tokens['paths'] / 1e6:,.1f} M tokens")
+            lines.append(
+                f"{self.prefixes:,} prefixes x {self.rollouts} rollouts, "
+                f"{tokens['rollouts'] / 1e6:,.1f} M tokens")
+        if self.tests:
+            lines.append(
+                f"{self.tests:,} held-out problems x {self.n} paths, "
+                f"{tokens['evaluation'] / 1e6:,.1f} M tokens")
+        return lines
+
+    def describe_hours(self):
+        """One line of hours a part, and together."""
+        hours = self.hours()
+        parts = ", ".join(f"{part} {value:.2f} h" for part, value in hours.items() if value > 0)
+        return f"{parts}; together {sum(hours.values()):.2f} h at {self.rate:,.0f} tok/s"
+
+
+@torch.inference_mode()
+def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
+    """Tokens a second of decoding `rows` paths half-way to their limit, measured for a moment.
+    The cached keys are zeros there: they are read as fast as others."""
+    capacity = max(len(prompt) for prompt in prompts) + limit
+    paths = [Path(prompts[i % len(prompts)], i) for i in range(rows)]
+    batch = Batch(model, paths, rows, capacity, limit, sampling, eos_ids=())
+    batch.cache.advance(limit // 2)
+    start = time.perf_counter()
+    batch.decode(until=1)
+    steps = 1
+    if limit > 2:  # the first step warmed up
+        start = time.perf_counter()
+        steps = 0
+    while 1 + steps < limit // 2 and time.perf_counter() - start < seconds:
+        steps += 1
+        batch.decode(until=1 + steps)
+    return rows * max(steps, 1) / (time.perf_counter() - start)
+
+
+def make_plan(model, prompts, prefixes, tests, settings):
+    """The Plan of a run from prompts (of its problems, or else of its tests) and the number of
+    prefixes, with every path as long as it may be. Rates are measured by a few steps."""
+    limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
+    capacity = max(len(prompt) for prompt in prompts) + limit
+    checkpoints = parse_checkpoints(settings.prefix)
+    labelling = settings.labels is None
+    problems = len(prompts) if labelling else 0
+    paths = problems * settings.paths + len(tests) * settings.n
+    memory.require_paths(max(paths, settings.rollouts))
+    rows = memory.choose_rows(model, capacity, settings.batch)
+    if processes.is_first():
+        print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)
+    rate = decoding_rate(model, prompts, max(1, min(rows, paths)), limit, sampling_of(settings))
+    longest = max(prompts, key=len)
+    return Plan(
+        problems=problems,
+        paths=settings.paths,
+        prefixes=prefixes,
+        rollouts=settings.rollouts if labelling else 0,
+        tests=len(tests),
+        n=settings.n,
+        path_length=limit,
+        rollout_length=max(0, limit - sum(checkpoints) / len(checkpoints)),
+        rate=rate * processes.count(),
+        fit_seconds=fit_seconds(model, longest, prefixes, settings) / processes.count())
+
+
+def fit_seconds(model, prompt, prefixes, settings):
+    """How long a fit on so many prefixes takes, from one pass over prefixes of the usual length."""
+    checkpoints = parse_checkpoints(settings.prefix)
+    length = len(prompt) + sum(checkpoints) // len(checkpoints)
+    ids = (prompt * (length // len(prompt) + 1))[:length]
+    examples = [Example(ids, 0.5, "", None)] * min(settings.batch_size, prefixes)
+    stop = new_stop(model, settings)
+    seconds = []
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        batch = Prefixes(model, examples, settings.batch_size, settings.m, cache_bytes=0)
+        cache, labels = batch[0]
+        read = time.perf_counter()
+        stop.loss(stop(model, cache), labels).backward()
+        stop.head.bias.grad.sum().item()  # waits for the device
+        seconds = [read - start, time.perf_counter() - read]
+    reading, step = seconds
+    passes = math.ceil(prefixes / settings.batch_size)
+    kept = cache.nbytes * passes <= cache_bytes(model, settings)
+    return passes * (reading * (1 if kept else settings.epochs) + step * settings.epochs)
+
+
+def restate(plan, records, cuts):
+    """Print the plan again once the paths are there: their lengths and the prefixes that stay are
+    known."""
+    lengths = [len(path) for record in records for path in record["paths"]]
+    beyond = [len(cut.path) - len(cut.prefix) for cut in cuts]
+    plan = dataclasses.replace(
+        plan,
+        problems=0,
+        prefixes=len(cuts),
+        path_length=sum(lengths) / len(lengths),
+        rollout_length=sum(beyond) / max(1, len(beyond)),
+        fit_seconds=plan.fit_seconds * len(cuts) / plan.prefixes)
+    print(f"plan: paths have {plan.path_length:,.0f} tokens on average; still to come: "
+          f"{plan.describe_hours()}", flush=True)
