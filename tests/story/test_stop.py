@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import sample
 import stop as room
+from commands import stop as stop_command
 from lora import LoRA
 from model import load
 from plumbing.problems import read_problems
@@ -491,7 +492,7 @@ def test_the_script_keeps_what_it_is_told(checkpoint, monkeypatch, capsys, more,
     if "--cascade" in more:  # which says the checkpoint itself
         at = words.index("--prefix")
         del words[at:at + 2]
-    status, out, _ = call_script(monkeypatch, capsys, room, *words)
+    status, out, _ = call_script(monkeypatch, capsys, stop_command, *words)
     last = json.loads(out.splitlines()[-1])
     assert status == 0
     assert last["kept"] == kept
@@ -501,7 +502,7 @@ def test_the_script_keeps_what_it_is_told(checkpoint, monkeypatch, capsys, more,
 def test_the_guideline_chooses_for_a_budget(checkpoint, monkeypatch, capsys):
     """Where STOP's folder has no plan for it."""
     words = words_for(checkpoint, "--budget", 9000, "--task-length", 3000)
-    status, out, _ = call_script(monkeypatch, capsys, room, *words)
+    status, out, _ = call_script(monkeypatch, capsys, stop_command, *words)
     share = retention(9000, 4, 3000)
     last = json.loads(out.splitlines()[-1])
     assert status == 0
@@ -512,7 +513,7 @@ def test_the_guideline_chooses_for_a_budget(checkpoint, monkeypatch, capsys):
 def test_a_stop_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
     folder = write_checkpoint(tmp_path / "it", raw_config("qwen2", vocab_size=300))
     write_tokenizer(folder)
-    status, _, err = call_script(monkeypatch, capsys, room, *words_for(folder))
+    status, _, err = call_script(monkeypatch, capsys, stop_command, *words_for(folder))
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -534,10 +535,10 @@ def test_what_the_script_says(checkpoint, monkeypatch, capsys):
             paths.append(sample.Path(prompt_ids, i, [i] * lengths[i], status[i], scores[i]))
         return paths
 
-    monkeypatch.setattr(room, "launch_check_resume", known)
+    monkeypatch.setattr(stop_command, "launch_check_resume", known)
     monkeypatch.setattr(
         Tokenizer, "completion", lambda self, ids: "\\boxed{%d}" % (ids[0] in (2, 3)))
-    _, out, _ = call_script(monkeypatch, capsys, room, *words_for(checkpoint))
+    _, out, _ = call_script(monkeypatch, capsys, stop_command, *words_for(checkpoint))
     last = json.loads(out.splitlines()[-1])
     assert last["majority"] == "0"
     assert last["weighted"] == "1"
@@ -560,7 +561,7 @@ def test_what_the_script_says(checkpoint, monkeypatch, capsys):
     (["--score", "none.jsonl"], "none.jsonl")))
 def test_a_users_mistake_is_one_line(checkpoint, monkeypatch, capsys, words, message):
     words = ["--model", checkpoint, "--device", "cpu", "--dtype", "float32", *words]
-    status, _, err = call_script(monkeypatch, capsys, room, *words)
+    status, _, err = call_script(monkeypatch, capsys, stop_command, *words)
     assert status == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
