@@ -22,7 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 0.5             # of computing, for one text
-MEMORY = 2 ** 29          # bytes of the process
+MEMORY = 2 ** 30          # bytes of the process
 LONGEST = 1_000_000       # characters of a text: more than a context holds
 TODAY = datetime.datetime(2025, 8, 5)  # whenever it is run: gpt-oss's prompt holds the date
 
