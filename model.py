@@ -167,7 +167,7 @@ def visibility(positions, start, stop, window):
 
 
 def attend(q, k, v, mask, sinks=None):
-    """Grouped-query attention, softmax in float32.
+    """Grouped-query attention, scores and softmax in float32.
     q (B, T, H, D), k and v (B, K, S, D), mask (B, T, S) added to the scores -> (B, T, H * D).
 
     sinks (H,): one more logit a head that joins the softmax and is then dropped (GPT-OSS), which
@@ -176,8 +176,9 @@ def attend(q, k, v, mask, sinks=None):
     K = k.shape[1]
     G = H // K
     q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    scores = (q @ k.transpose(-1, -2)).view(B, K, G, T, -1)
-    scores = torch.add(mask[:, None, None], scores.float(), alpha=D ** -0.5)  # scaled in float32
+    # Never rounded to bfloat16: the biases of Qwen2's q and k make scores of thousands.
+    scores = (q.float() @ k.float().transpose(-1, -2)).view(B, K, G, T, -1)
+    scores = torch.add(mask[:, None, None], scores, alpha=D ** -0.5)
     weights = scores.softmax(-1)
     if sinks is not None:
         sinks = sinks.view(K, G, 1, 1).float()

@@ -328,6 +328,33 @@ def test_a_step_never_asks_the_device(kind, rows):
 # -------------------------------------------------------------------------------------- arithmetic
 
 
+def test_scores_are_not_rounded_to_bfloat16():
+    """Biases of Qwen2's q and k make scores of thousands. bfloat16 has steps of 64 there, of more
+    than a unit once they are scaled, and the softmax is another. Inputs and weights alone are
+    rounded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    q = (random(3, 2, 4, 128) + 10 * random(1, 1, 4, 128)).bfloat16()
+    k = (random(3, 2, 40, 128) + 80 * random(1, 2, 1, 128)).bfloat16()
+    v = random(3, 2, 40, 128).bfloat16()
+    wide = k.double().repeat_interleave(2, 1)  # (B, H, S, D)
+    raw = torch.einsum("bthd,bhsd->bhts", q.double(), wide)
+    assert raw.abs().max() > 10000
+
+    def result(raw):
+        weights = (raw / 128 ** 0.5).softmax(-1)
+        return torch.einsum("bhts,bhsd->bthd", weights, v.double().repeat_interleave(2, 1))
+
+    exact = result(raw)
+    rounded = result(raw.bfloat16().double())
+    found = room.attend(q, k, v, torch.zeros(3, 2, 40)).view(3, 2, 4, 128).double()
+    assert (rounded - exact).norm() > 0.3 * exact.norm()
+    assert (found - exact).norm() < 0.005 * exact.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_in_bfloat16(kind):
     """Qwen rounds before the weight, GPT-OSS after it: an order that float32 cannot see."""
