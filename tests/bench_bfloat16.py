@@ -1,6 +1,6 @@
 """How far bfloat16 is from float32 on a real model, on a CPU: mean KL divergence of the next token.
 
-    STOP_REAL_MODEL=DIR python tests/bench_bfloat16.py gsm8k_test.jsonl [--texts 12] [--transformers]
+    STOP_REAL_MODEL=DIR python tests/bench_bfloat16.py test.jsonl [--texts 12] [--transformers]
 
 The texts are questions in the model's chat prompt, each followed by its published solution, whose
 tokens count; a line of the file is a JSON object with `question` and `answer`. With --transformers

@@ -338,7 +338,7 @@ def test_scores_are_not_rounded_to_bfloat16():
         return torch.randn(shape, generator=generator)
 
     q = (random(3, 2, 4, 128) + 10 * random(1, 1, 4, 128)).bfloat16()
-    k = (random(3, 2, 40, 128) + 80 * random(1, 2, 1, 128)).bfloat16()
+    k = (random(3, 2, 40, 128) + 200 * random(1, 2, 1, 128)).bfloat16()
     v = random(3, 2, 40, 128).bfloat16()
     wide = k.double().repeat_interleave(2, 1)  # (B, H, S, D)
     raw = torch.einsum("bthd,bhsd->bhts", q.double(), wide)
@@ -351,7 +351,7 @@ def test_scores_are_not_rounded_to_bfloat16():
     exact = result(raw)
     rounded = result(raw.bfloat16().double())
     found = room.attend(q, k, v, torch.zeros(3, 2, 40)).view(3, 2, 4, 128).double()
-    assert (rounded - exact).norm() > 0.3 * exact.norm()
+    assert (rounded - exact).norm() > 0.2 * exact.norm()
     assert (found - exact).norm() < 0.005 * exact.norm()
 
 
