@@ -53,6 +53,17 @@ def _unique(pairs):
     return found
 
 
+def require_keys_once(path, raw):
+    """Raise KeyTwice where a key stands twice in JSON that a library is to read, which would take
+    the last. Of all else that is wrong with it the library speaks."""
+    try:
+        read_json(path, raw)
+    except KeyTwice:
+        raise
+    except ValueError:
+        pass
+
+
 def read_records(path):
     """Yield (line number, dict) for each non-blank line of a JSON-lines file. ValueError names
     file and line."""

@@ -16,7 +16,7 @@ from plumbing.chat_template import render
 from plumbing.checkpoint import find_folder, shorten
 from plumbing.files import is_there, read_bytes
 from plumbing.problems import instruction
-from plumbing.records import read_json
+from plumbing.records import read_json, require_keys_once
 
 EFFORTS = ("low", "medium", "high")
 PROBE = "What is 1 + 1?"  # a message that shows what a template puts around one
@@ -142,10 +142,12 @@ def call_library(what, function, *inputs, **settings):
 
 def read_library(file):
     """The tokenizers.Tokenizer of a tokenizer.json."""
-    if not file.is_file():
+    if not is_there(file):
         raise ValueError(f"{file}: missing: no tokenizer of this checkpoint")
+    content = read_bytes(file)
+    require_keys_once(file, content)
     return call_library(
-        f"{file}: not a tokenizer", tokenizers.Tokenizer.from_file, str(file))
+        f"{file}: not a tokenizer", tokenizers.Tokenizer.from_buffer, content)
 
 
 def opened_thinking(prompt, message):

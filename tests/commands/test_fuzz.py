@@ -216,6 +216,68 @@ def test_a_json_file_of_anything(copy, tmp_path, draw, name):
     assert refused, f"a folder in the place of {name} was passed over"
 
 
+def objects_of(value, before=()):
+    """Every path of keys and places that leads to an object which is not empty."""
+    found = []
+    if isinstance(value, dict):
+        found = [before] if value else []
+    for place, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, (dict, list)):
+            found += objects_of(inner, before + (place,))
+    return found
+
+
+def with_a_key_twice(text, place, draw):
+    """(the key, the text of a JSON value in which the object at `place` has that key twice)."""
+    whole = json.loads(text)
+    inner = whole
+    for key in place:
+        inner = inner[key]
+    key = draw.choice(sorted(inner))
+    inner["@@"] = draw.choice((inner[key], None, 7))
+    return key, json.dumps(whole).replace('"@@"', json.dumps(key))
+
+
+READERS_OF_JSON = {  # file -> the script that reads it
+    **{name: script for name, (script, _) in JSON_FILES.items()},
+    "model.safetensors.index.json": "sample", "model.safetensors": "sample",
+    "stop/stop.safetensors": "score", "prefixes.jsonl": "score", "test.jsonl": "eval"}
+
+
+def json_in(name, content):
+    """(what comes before, the first JSON value, what comes behind) of a file's bytes."""
+    if name.endswith(".safetensors"):
+        end = 8 + int.from_bytes(content[:8], "little")
+        return content[:8], content[8:end], content[end:]
+    if name.endswith(".jsonl"):
+        first, _, rest = content.partition(b"\n")
+        return b"", first, b"\n" + rest
+    return b"", content, b""
+
+
+@pytest.mark.parametrize("name", READERS_OF_JSON)
+def test_a_key_that_stands_twice_is_refused_at_any_depth(copy, tmp_path, draw, name):
+    file = copy / name
+    if name == "model.safetensors.index.json":
+        (copy / "model.safetensors").rename(copy / "one.safetensors")
+        names = load_file(copy / "one.safetensors")
+        file.write_text(json.dumps({"weight_map": dict.fromkeys(names, "one.safetensors")}))
+    if not file.exists():
+        file.write_text('{"chat_template": null, "a": {"b": 1}}')
+    before, good, behind = json_in(name, file.read_bytes())
+    places = objects_of(json.loads(good))
+    for place in draw.sample(places, min(6, len(places))):
+        key, text = with_a_key_twice(good, place, draw)
+        changed = text.encode()
+        if before:  # of safetensors: the header's length
+            before = len(changed).to_bytes(8, "little")
+        file.write_bytes(before + changed + behind)
+        script = READERS_OF_JSON[name]
+        refused, line = attempt((place, key), script, copy, *out_flags(script, tmp_path / "out"))
+        assert refused and name in line, f"{place}: {key}: {line}"
+        assert f"{key!r}: found this key twice" in line, f"{place}: {line}"
+
+
 @pytest.mark.parametrize("value", ("null", "7", '"x"', "[]", '{"prefix": 0}', '{"prefix": "4,"}',
                                    '{"prefix": true}', '{"max_new_tokens": -1}',
                                    '{"max_new_tokens": "8"}', '{"max_new_tokens": 1e3}'))

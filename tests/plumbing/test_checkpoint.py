@@ -18,7 +18,7 @@ from plumbing import checkpoint
 from plumbing.checkpoint import (
     Config, dequantize_mxfp4, find_folder, fingerprint, parameter_bytes, read_config, read_tensors,
     read_weights, weights_digest)
-from plumbing.stop_files import match, read_stop, write_stop
+from plumbing.stop_files import PEFT_INITS, match, read_stop, write_stop
 
 
 def shapes_of(model):
@@ -1047,6 +1047,73 @@ def test_a_peft_setting_that_would_change_scores(released, key, value):
     edit(released / ADAPTER, **{key: value})
     with pytest.raises(ValueError, match=f"adapter_config.json: {key}: found"):
         read_stop(released)
+
+
+@pytest.mark.parametrize("init", (
+    "pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "unheard of", 3, {}))
+def test_a_peft_init_that_changes_the_base_weights(released, init):
+    """Its adapter is one for what is left of them."""
+    edit(released / ADAPTER, init_lora_weights=init)
+    with pytest.raises(ValueError, match="adapter_config.json: init_lora_weights: found"):
+        read_stop(released)
+
+
+@pytest.mark.parametrize("init", (
+    True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"))
+def test_a_peft_init_that_leaves_the_base_weights(released, init):
+    before = read_stop(released)
+    edit(released / ADAPTER, init_lora_weights=init)
+    assert read_stop(released).settings == before.settings
+
+
+def test_peft_changes_the_base_weights_just_under_the_inits_that_are_refused():
+    """The library itself begins a training of each kind that needs no data."""
+    peft = pytest.importorskip("peft")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = torch.nn.Linear(8, 8, bias=False)
+
+    for init in (True, False, "gaussian", "orthogonal", "mica", "eva", "pissa", "pissa_niter_2",
+                 "olora"):
+        base = Model()
+        weight = base.q_proj.weight.detach().clone()
+        try:
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+            adapted = peft.get_peft_model(base, config)
+        except ValueError:  # not known to this version
+            continue
+        found = adapted.base_model.model.q_proj.base_layer.weight
+        assert torch.equal(found, weight) == (init in PEFT_INITS), init
+
+
+@pytest.mark.parametrize("key, value", (
+    ("peft_type", "LOHA"), ("alora_invocation_tokens", [1, 2]), ("layers_to_transform", [0]),
+    ("layers_pattern", "layers"), ("exclude_modules", ["o_proj"]), ("kasa_config", {"beta": 1}),
+    ("trainable_token_indices", [5]), ("use_bdlora", {"a": 1}), ("arrow_config", {"k": 3}),
+    ("megatron_config", {"a": 1}), ("a key of next year", 1), ("target_modules", ["o_proj"])))
+def test_a_peft_setting_that_is_not_known_to_be_inert(released, key, value):
+    edit(released / ADAPTER, **{key: value})
+    with pytest.raises(ValueError, match=f"adapter_config.json: {key}: found"):
+        read_stop(released)
+
+
+def test_what_peft_itself_writes_is_read(released):
+    """Every key of an adapter_config.json of the installed version, at its default."""
+    peft = pytest.importorskip("peft")
+    config = json.loads((released / ADAPTER).read_text())
+    lora = peft.LoraConfig(
+        r=config["r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"])
+    lora.save_pretrained(released / ADAPTER.rpartition("/")[0])
+    assert set(read_stop(released).settings["targets"]) == set(config["target_modules"])
+
+
+@pytest.mark.parametrize("targets", ("all-linear", "q_proj|k_proj|v_proj|o_proj"))
+def test_a_pattern_of_targets_is_left_to_the_tensors(released, targets):
+    before = read_stop(released)
+    edit(released / ADAPTER, target_modules=targets)
+    assert read_stop(released).settings == before.settings
 
 
 def test_released_dropout_is_kept_for_more_training(released):

@@ -357,3 +357,131 @@ def test_svamp_is_read_as_published(tmp_path):
         "pay?")
     assert problem.answer == "51"
     assert problem.id == "chal-1"
+
+
+def one(tmp_path, **record):
+    """The Problem of a record."""
+    (tmp_path / "one.jsonl").write_text(json.dumps(record))
+    (problem,) = read_problems(tmp_path / "one.jsonl")
+    return problem
+
+
+def complaint(tmp_path, **record):
+    """What is wrong with a record, behind the place."""
+    with pytest.raises(ValueError) as error:
+        one(tmp_path, **record)
+    message = str(error.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{tmp_path}/one.jsonl:1: ")
+
+
+@pytest.mark.parametrize("behind, answer", (
+    ("18", "18"), (" 1,200", "1200"), ("-5", "-5"), ("$18", "18"),
+    ("-$1,234,567.50", "-1234567.50"), ("$-3", "-3"), ("\\$7", "7"), (" 3.5 \n", "3.5"), ("0", "0"),
+    ("1/2", "1/2"), ("x=2", "x=2"), ("7:30", "7:30"), ("12,34", "12,34"), ("5%", "5%")))
+def test_gsm8k_is_read_as_published(tmp_path, behind, answer):
+    """The reference is what stands behind the last ####."""
+    solution = f"She sells 48/2 = <<48/2=24>>24.\n#### no\nAltogether 24+48.\n####{behind}"
+    problem = one(tmp_path, question="How many?", answer=solution)
+    assert (problem.answer, problem.problem, problem.kind) == (answer, "How many?", "math")
+
+
+@pytest.mark.parametrize("solution, answer", (
+    ("So $x = \\boxed{204}$.", "204"), ("First \\boxed{1}.\n\nThen $\\boxed{2}$.", "2"),
+    ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"), ("a \\fbox{7}", "7"), ("So $\\boxed 5$.", "5"),
+    ("$\\boxed{\\text{(C)}}$", "\\text{(C)}"), ("\\boxed{3} and \\boxed{4", "3")))
+def test_math_is_read_as_published(tmp_path, solution, answer):
+    """problem, level, type, solution: the last balanced box is the reference."""
+    problem = one(tmp_path, problem="?", level="Level 5", type="Algebra", solution=solution)
+    assert (problem.answer, problem.kind) == (answer, "math")
+
+
+def test_an_answer_comes_before_a_solution(tmp_path):
+    assert one(tmp_path, problem="?", solution="\\boxed{1}", answer="2").answer == "2"
+
+
+@pytest.mark.parametrize("solution", ("The answer is 5.", "\\boxed{5", "\\boxed{}", "", "42"))
+def test_a_solution_without_a_box_is_refused(tmp_path, solution):
+    message = complaint(tmp_path, problem="?", solution=solution)
+    assert message.startswith("solution: found ")
+
+
+@pytest.mark.parametrize("answer", (
+    "She has 48/2 = <<48/2=24>>24 clips.", "First 5.\nThen 6.", "x" * 301, "5\n\n6", "####",
+    "She had five of them in the morning, then gave two to her brother and bought another four at "
+    "the shop, so seven.", "$1$" * 200, "It is \\boxed{5", "#### 5\nor 6"))
+def test_an_answer_that_is_a_solution_is_refused(tmp_path, answer):
+    message = complaint(tmp_path, problem="?", answer=answer)
+    assert message.startswith("answer: found ")
+    assert "\\boxed{}" in message and "behind ####" in message
+
+
+@pytest.mark.parametrize("answer", (
+    "\\frac{1}{2}", "(-\\infty, 3) \\cup (5, \\infty)", "Yes, for all real numbers", "x" * 300,
+    "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}", "a << b", "x=1, y=2", "10:30", "#5",
+    "\\frac{a}{b} + " * 15 + "1"))
+def test_an_answer_that_is_one_is_left_as_it_is(tmp_path, answer):
+    assert one(tmp_path, problem="?", answer=answer).answer == answer
+
+
+def test_a_boxed_answer_is_what_is_in_its_box(tmp_path):
+    assert one(tmp_path, problem="?", answer="So it is $\\boxed{5}$.").answer == "5"
+
+
+@pytest.mark.parametrize("key", ("question", "Question"))
+@pytest.mark.parametrize("answer, expected", (
+    ("9 (apples)", "9"), ("3 (feet); 4 (inches)", "3, 4"), ("2:05", "2:05"), ("145.0", "145.0"),
+    (145.0, "145"), ("$5", "$5"), ("(1, 2)", "(1, 2)")))
+def test_asdiv_is_read_as_published(tmp_path, key, answer, expected):
+    """Its answers have their units behind them."""
+    problem = one(tmp_path, Body="Seven red apples.", **{key: "How many?"}, Answer=answer,
+                  Formula="7+2=9")
+    assert (problem.problem, problem.answer) == ("Seven red apples. How many?", expected)
+
+
+def test_svamp_with_both_texts_in_one(tmp_path):
+    whole = {"question_concat": "A story. How many?", "Answer": "9.0"}
+    assert one(tmp_path, **whole).problem == "A story. How many?"
+    assert one(tmp_path, **whole, Body="A story.", Question="How many?").problem == (
+        "A story. How many?")
+
+
+@pytest.mark.parametrize("options", (
+    ["A)21", "B)21.5", "C)22"], ["A) 21", "B) 21.5", "C) 22"], ["(A) 21", "(B) 21.5", "(C)22"],
+    ["A. 21", "B. 21.5", "C. 22"], ["21", "21.5", "22"]))
+def test_aqua_is_read_as_published(tmp_path, options):
+    """Options that hold their letters, the answer under `correct`."""
+    problem = one(tmp_path, question="?", options=options, rationale="long\ntext", correct="B")
+    assert problem.answer == "B"
+    assert problem.options == {"A": "21", "B": "21.5", "C": "22"}
+
+
+def test_options_that_only_look_like_letters_are_left(tmp_path):
+    problem = one(tmp_path, question="?", options=["B) 1", "A) 2"], answer="A")
+    assert problem.options == {"A": "B) 1", "B": "A) 2"}
+    assert complaint(tmp_path, question="?", options=["A)1"], correct="F").startswith(
+        'correct: found "F", expected one of the letters A')
+
+
+@pytest.mark.parametrize("record, key", (
+    ('{"problem": "a", "answer": 1, "answer": 2}', "'answer': found this key twice"),
+    ('{"problem": "a", "answer": 1, "Answer": 2}', "Answer: found this key twice, in upper and"),
+    ('{"PROBLEM": "a", "Problem": "b", "answer": 2}', "Problem: found this key twice")))
+def test_a_key_that_stands_twice_is_refused(tmp_path, record, key):
+    (tmp_path / "a.jsonl").write_text(record)
+    with pytest.raises(ValueError, match=f"a.jsonl:1: {key}"):
+        read_problems(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("header, message", (
+    ("question,answer,answer", "answer: found this column twice"),
+    ("question;answer", "found the header 'question;answer', expected commas"),
+    ("question|answer", "found the header 'question|answer', expected commas"),
+    ("question\tanswer", "found cells between tabs"),
+    ('"question"\t"answer"', "found cells between tabs")))
+@pytest.mark.parametrize("name", ("p.csv", "P.CSV"))
+def test_a_csv_of_other_columns_is_named(tmp_path, name, header, message):
+    (tmp_path / name).write_text(f"{header}\n1+1?,2,3\n")
+    with pytest.raises(ValueError) as error:
+        read_problems(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: {message}")

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, Fuse, Killed, read_lines
@@ -80,6 +81,37 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path):
     assert refused(list, read_records(file)).startswith(f"{file}:2: not JSON: ")
 
 
+TWICE = (
+    b'{"a": 1, "a": 1}', b'{"a": 1, "b": 2, "a": {}}', b'{"c": {"a": 1, "a": 2}}',
+    b'{"c": [[{"b": 0}, {"a": 1, "\\u0061": 2}]]}', b'{"c": {"a": {}, "a": {"a": 1}}}')
+
+
+@pytest.mark.parametrize("content", TWICE)
+def test_a_key_that_stands_twice_is_refused_by_name(tmp_path, content):
+    """At any depth, also where both have the same value or another spelling."""
+    message = "'a': found this key twice in an object, expected it once"
+    assert refused(read_json, "a.json", content) == f"a.json: {message}"
+    assert refused(read_json, "a.json", b"[" + content + b"]", list) == f"a.json: {message}"
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + content)
+    assert refused(list, read_records(tmp_path / "a.jsonl")) == f"{tmp_path}/a.jsonl:2: {message}"
+
+
+def test_a_key_may_stand_in_several_objects():
+    assert read_json("a.json", b'{"a": {"a": 1}, "b": [{"a": 1}, {"a": 1}]}')
+
+
+def test_a_long_key_that_stands_twice_is_cut():
+    key = "x\\n" * 5000
+    assert len(refused(read_json, "a.json", f'{{"{key}": 1, "{key}": 1}}'.encode())) < 150
+
+
+def test_many_keys_take_no_long_time():
+    keys = ", ".join(f'"{n}": 1' for n in range(200_000))
+    start = time.process_time()
+    assert "'7'" in refused(read_json, "a.json", f'{{{keys}, "7": 1}}'.encode())
+    assert time.process_time() - start < 10
+
+
 # ------------------------------------------------------------------------------------ whole or not
 
 
@@ -128,6 +160,45 @@ def test_writers_at_once_do_not_meet(tmp_path, monkeypatch):
     write_atomic(file, "first")
     assert len(set(beside)) == 2
     assert file.read_text() == "first"
+
+
+WRITE = """
+import os, sys, time
+from plumbing.records import write_atomic
+def stuck(*_):
+    print("stuck", flush=True)
+    time.sleep(60)
+os.replace = stuck
+write_atomic(sys.argv[1], "half")
+"""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_of_its_target(tmp_path):
+    """While the writer lives, it stays; so does all that has not just such a name."""
+    file = tmp_path / "plan.json"
+    kept = {
+        f"plan.json.{os.getpid()}.0123abcd.tmp", "plan.json.4194303.0123ABCD.tmp",
+        "plan.json.4194303.0123abc.tmp", "plan.json.4194303.0123abcd.tmp.txt",
+        "plan.json.99999999999999999999.0123abcd.tmp", "other.json.4194303.0123abcd.tmp",
+        "xplan.json.4194303.0123abcd.tmp", "plan.json.4194303.0123abcd", "plan.json"}
+    (tmp_path / "plan.json.4194303.00000000.tmp").symlink_to("other")
+    (tmp_path / "plan.json.4194303.00000001.tmp").mkdir()
+    for name in kept:
+        (tmp_path / name).write_text("")
+    kept |= {"plan.json.4194303.00000000.tmp", "plan.json.4194303.00000001.tmp"}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "stuck\n"
+        (left,) = set(os.listdir(tmp_path)) - kept
+        write_atomic(file, "new")
+        assert set(os.listdir(tmp_path)) == kept | {left}
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    write_atomic(file, "newer")
+    assert set(os.listdir(tmp_path)) == kept
+    assert file.read_text() == "newer"
 
 
 # ------------------------------------------------------------------------------- digests and seals
@@ -206,6 +277,18 @@ def test_long_values_are_cut_and_stay_on_one_line(tmp_path):
     claim(file, {"data": "x\n" * 500})
     message = refused(claim, file, {"data": "y\n" * 500})
     assert len(message) < len(str(file)) + 250
+
+
+@pytest.mark.parametrize("harm", (
+    bytes.rstrip, lambda content: content.replace(b"\n", b"\r\n"), lambda content: content + b"\n"))
+def test_settings_in_another_spacing_are_written_anew(tmp_path, harm):
+    """So that a run that goes on leaves the bytes of one that nobody touched."""
+    file = tmp_path / "settings.json"
+    claim(file, SETTINGS)
+    content = file.read_bytes()
+    file.write_bytes(harm(content))
+    claim(file, SETTINGS)
+    assert file.read_bytes() == content
 
 
 def test_only_the_first_process_claims(tmp_path, monkeypatch):
@@ -382,6 +465,22 @@ def test_another_jobs_file_is_refused(file):
     assert refused(work, file).startswith(f"{file}:1: found an edited line or another run's")
 
 
+@pytest.mark.parametrize("harm", (
+    lambda content: content.replace(b"\n", b"\r\n"), lambda content: b"\n" + content,
+    lambda content: content.replace(b", ", b","), lambda content: content + b"\n"))
+def test_lines_in_another_spacing_are_written_anew(file, content, harm):
+    work(file)
+    file.write_bytes(harm(content))
+    assert Job(file, IDENTITY, HEADS).todo() == []
+    assert work(file) == WHOLE
+    assert file.read_bytes() == content
+
+
+def test_a_line_with_a_key_twice_is_refused(file, content):
+    file.write_bytes(content.replace(b'{"id": "a",', b'{"id": "a", "id": "a",', 1))
+    assert refused(work, file).startswith(f"{file}:1: 'id': found this key twice")
+
+
 def test_damage_inside_is_reported_and_left(file):
     """Only a last line without an end is what a killed writer leaves."""
     work(file)
@@ -541,3 +640,57 @@ def test_a_lock_that_was_replaced_in_this_moment_is_not_held(tmp_path, monkeypat
     with pytest.raises(ValueError, match="another process"):
         with locked(tmp_path):
             pass
+
+
+NOT_OURS = (b"x", b"my notes\n", records.LOCK + b"x", records.LOCK[1:], b"\0")
+
+
+@pytest.mark.parametrize("content", NOT_OURS)
+@pytest.mark.parametrize("name", ("folder", "scores.jsonl"))
+def test_a_file_of_the_users_with_the_name_of_a_lock_is_left(tmp_path, name, content):
+    path = tmp_path / name
+    lock = tmp_path / "scores.jsonl.lock"
+    if name == "folder":
+        path.mkdir()
+        lock = path / "lock"
+    lock.write_bytes(content)
+    for _ in range(2):
+        message = refused(hold, path)
+        assert message.startswith(f"{lock}: found something else under this name")
+        assert lock.read_bytes() == content
+
+
+def hold(path):
+    with locked(path):
+        pass
+
+
+@pytest.mark.parametrize("there", (None, b"", b"text", records.LOCK))
+def test_a_link_with_the_name_of_a_lock_is_left(tmp_path, there):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "lock").symlink_to(tmp_path / "there")
+    if there is not None:
+        (tmp_path / "there").write_bytes(there)
+    assert "found something else under this name" in refused(hold, folder)
+    assert (folder / "lock").is_symlink()
+    if there is None:
+        assert os.listdir(tmp_path) == ["folder"]
+    else:
+        assert (tmp_path / "there").read_bytes() == there
+
+
+@pytest.mark.parametrize("make", (os.mkdir, os.mkfifo))
+def test_what_is_no_file_but_has_the_name_of_a_lock_is_left(tmp_path, make):
+    make(tmp_path / "lock")
+    assert "found something else under this name" in refused(hold, tmp_path)
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+@pytest.mark.parametrize("content", (b"", records.LOCK[:9], records.LOCK))
+def test_a_lock_that_is_left_over_is_taken(tmp_path, content):
+    """Also an empty one, as earlier versions left them, or one that a kill cut short."""
+    (tmp_path / "lock").write_bytes(content)
+    with locked(tmp_path):
+        assert (tmp_path / "lock").read_bytes() == records.LOCK
+    assert not (tmp_path / "lock").exists()
