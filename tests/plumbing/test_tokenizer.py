@@ -7,9 +7,10 @@ import datetime
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
-from helpers import GOLDEN, NAMES, ROOT, golden, write_tokenizer
+from helpers import GOLDEN, NAMES, golden, write_tokenizer
 
 from plumbing import chat_template
 from plumbing.problems import Problem, instruction
@@ -132,7 +133,7 @@ def test_a_problem_is_asked_with_the_papers_instruction(tmp_path):
 
 # ------------------------------------------------------------------------- published templates
 
-PUBLISHED = json.loads((ROOT / "tests" / "chat_templates.json").read_text(encoding="utf-8"))
+PUBLISHED = json.loads(Path(__file__).with_name("chat_templates.json").read_text("utf-8"))
 TEMPLATES = PUBLISHED["templates"]
 RENDERED = [name for name in TEMPLATES if TEMPLATES[name]["prompts"]]
 NOT_RENDERED = sorted(set(TEMPLATES) - set(RENDERED))  # they want tools or functions
