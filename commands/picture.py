@@ -18,6 +18,7 @@ from pathlib import Path
 
 from plumbing.answers import same_answer
 from plumbing.command_line import shown
+from plumbing.files import require_target
 from plumbing.records import write_atomic
 
 SHADES = 10  # classes of scores
@@ -723,6 +724,7 @@ def check_file(file):
         raise ValueError(f"picture: found {shown(file)}, expected a file named .html or .svg")
     if not Path(file).absolute().parent.is_dir():
         raise ValueError(f"picture: found {shown(file)}, expected a file in a folder that exists")
+    require_target(file)
 
 
 def write(file, run):

@@ -26,6 +26,7 @@ from plumbing.answers import extract_answer
 from plumbing.budget_plan import check_stages, parse_cascade, plan_for, read_plans
 from plumbing.command_line import (
     Common, command_line, option, require_choice, require_positive, shown)
+from plumbing.files import require_target
 from plumbing.labels import read_prefixes
 from plumbing.problems import Problem
 from plumbing.scores import score_file
@@ -108,6 +109,8 @@ def check(settings):
         for name in OF_A_PROMPT:
             if getattr(settings, name) != getattr(Settings, name):
                 raise ValueError(f"{name}: found beside --score, expected beside --prompt")
+        if settings.out is not None:
+            require_target(settings.out)
 
 
 def by_plan(settings, stop):

@@ -23,9 +23,10 @@ from engine.protocol import run as run_protocol
 from engine.stored import make_labels, model_digest, require_room
 from eval import summary
 from plumbing import processes
-from plumbing.checkpoint import find_folder, is_there
+from plumbing.checkpoint import find_folder
 from plumbing.command_line import (
     Common, command_line, option, require_choice, require_positive, shown)
+from plumbing.files import is_there
 from plumbing.labels import read_prefixes
 from plumbing.problems import read_problems, read_sources, without_held_out
 from plumbing.records import claim, digest, locked, read_json
@@ -162,7 +163,7 @@ class Material:
 def read_material(settings, model, tokenizer, folder):
     """The Material that the settings name. ValueError on whatever is wrong with it."""
     test = settings.test
-    if test is None and (folder / "test.jsonl").is_file():
+    if test is None and is_there(folder / "test.jsonl"):
         test = folder / "test.jsonl"
     tests = read_problems(test) if test else []
     if settings.labels:

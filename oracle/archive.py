@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the project's root, for its room
 import cases  # noqa: E402
 import manifest  # noqa: E402
 from plumbing.command_line import command_line, option  # noqa: E402
+from plumbing.files import require_target  # noqa: E402
 from plumbing.records import write_atomic  # noqa: E402
 from vector_files import checkpoint_in_json, to_json  # noqa: E402
 
@@ -65,6 +66,7 @@ def pack(files):
 
 def main(settings):
     """Write the archive; the last line says how large it is, and its digest."""
+    require_target(settings.out)
     content = pack(contents())
     write_atomic(settings.out, content)
     print(json.dumps({

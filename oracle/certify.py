@@ -28,6 +28,7 @@ from compare import (  # noqa: E402
     CHAINS, CLAUSES, DIAGNOSTIC, FAIL, LEVELS, LEVEL_OF, NOT_SHOWN, PASS, PATH_ROWS, Result,
     compare_row, name_cause, summary_of)
 from hand_in import read_hand_in  # noqa: E402
+from plumbing.files import require_target  # noqa: E402
 from plumbing.records import read_json, write_atomic  # noqa: E402
 from vector_files import file_digest, write_json  # noqa: E402
 
@@ -232,6 +233,8 @@ def read_options(arguments):
         raise ValueError(f"--fresh: found {options.fresh}, expected 0 to 2 ** 62 - 1")
     if options.folder is not None and not options.folder.is_dir():
         raise ValueError(f"{options.folder}: no such folder")
+    if options.json not in (None, "-"):
+        require_target(options.json)
     return options
 
 

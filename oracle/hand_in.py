@@ -1,5 +1,6 @@
 """Read what another implementation hands in for a case: NAME.json, NAME.safetensors, or both."""
 from plumbing.checkpoint import read_tensors, shorten
+from plumbing.files import is_there
 from plumbing.records import read_json
 
 
@@ -7,11 +8,11 @@ def read_hand_in(folder, name, expected):
     """{row: value} handed in. ValueError where a file is broken or a name is unknown."""
     found = {}
     file = folder / f"{name}.json"
-    if file.is_file():
+    if is_there(file):
         found = read_json(file)
         check_names(found, expected, file)
     file = folder / f"{name}.safetensors"
-    if file.is_file():
+    if is_there(file):
         add_tensors(found, read_tensors(file), expected, file)
     return found
 

@@ -303,11 +303,11 @@ def _mark(file):
 
 
 def _require_plain_content(path):
-    """Raise ValueError where in a run's folder something else than files and folders lies, or a
-    folder that has a file's name: it would be read or written only later."""
+    """Raise ValueError where in a run's folder, or in a folder in it, something else than files and
+    folders lies, or a folder with a file's name: it would be read or written only later."""
     if not path.is_dir():
         return
-    for file in [*path.iterdir(), *path.glob("stop/*")]:
+    for file in [*path.iterdir(), *path.glob("*/*")]:
         found = what_is(file)
         is_folder = found == "a folder" and file.suffix not in FILE_SUFFIXES
         if not is_folder and found not in ("a file", None):

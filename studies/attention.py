@@ -25,7 +25,7 @@ from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import Problem
 from plumbing.records import write_atomic
 from sample import generate, prefill, room, sampling_of
-from shared import StopSettings, load_problems, load_stop, require
+from shared import StopSettings, load_problems, load_stop, require, require_targets
 
 PARTS = ("prompt", "prefix", "stop")  # what is attended to
 
@@ -245,6 +245,7 @@ def main(settings):
     require_positive(settings, "problems", "n", "prefix", "max_new_tokens", "batch")
     fits = 1 <= settings.show <= settings.n // 2
     require("show", fits, settings.show, f"1 to half of n = {settings.n}")
+    require_targets(settings.out, "attention.html")
     model, tokenizer = open_model(settings)
     layers = model.config.num_hidden_layers
     layer = settings.layer

@@ -55,6 +55,7 @@ from forest import (
 from plumbing import processes
 from plumbing.budget_plan import METRICS, BudgetPlan, Stage, write_plans
 from plumbing.command_line import command_line, option, require_choice, require_positive
+from plumbing.files import require_target
 from plumbing.records import locked, read_json, write_atomic
 from plumbing.statistics import Interval, interval
 from sample import check_prompts, generate, prefill, room, sampling_of
@@ -531,6 +532,8 @@ def main(settings):
     check(settings)
     samplings = read_samplings(settings)
     field, checkpoints = open_field(settings)
+    if settings.write:
+        require_target(stop_folder(settings) / "plan.json")
     field.folder.mkdir(parents=True, exist_ok=True)
     with locked(field.folder) if processes.is_first() else contextlib.nullcontext():
         run(settings, field, checkpoints, samplings)

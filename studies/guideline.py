@@ -32,8 +32,8 @@ from eval import select
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.records import write_atomic
 from shared import (
-    StoredSettings, group_answers, numbers, open_stored, orders, path_lengths, require, stop_scores,
-    vote_is_right, write_table)
+    StoredSettings, group_answers, numbers, open_stored, orders, path_lengths, require,
+    require_targets, stop_scores, vote_is_right, write_table)
 from stop import retention
 
 UNIT = 1024  # tokens; the paper's coefficients are in these
@@ -227,6 +227,7 @@ def main(settings):
     budgets = None
     if settings.budgets is not None:
         budgets = numbers("budgets", settings.budgets, float)
+    require_targets(settings.out, "cells.csv", "guideline.json")
     stored = open_stored(settings)
     count = len(stored.problems)
     fits = settings.groups <= count

@@ -31,7 +31,7 @@ from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, command_line, option, require_choice
 from plumbing.records import read_json, write_atomic
 from sample import require_finite
-from shared import labels_file
+from shared import labels_file, require_targets
 from stop import like_lengths
 
 TOKENIZER_FILES = (
@@ -74,6 +74,7 @@ def try_folder(out):
     if (out / "model.safetensors").exists():
         raise ValueError(
             f"{out}: holds a checkpoint already: choose another --out, or remove the folder")
+    require_targets(out, "config.json", "judge.json")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out) as probe:
         probe.write(b"probe")

@@ -29,7 +29,7 @@ from eval import STOP, select
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.records import write_atomic
 from sample import Batch, Path, Sampling, check_prompts, sampling_of
-from shared import StopSettings, load_judge, load_problems, load_stop, require
+from shared import StopSettings, load_judge, load_problems, load_stop, require, require_targets
 from stop import score_live
 
 NO_PRUNING = "no pruning"
@@ -265,6 +265,7 @@ def main(settings):
     """Measure, print the machine and the table, write overhead.json; the last line is JSON."""
     require_positive(settings, "n", "keep", "prefix", "rounds", "max_new_tokens")
     require("threads", 0 <= settings.threads <= 1024, settings.threads, "0 to 1024")
+    require_targets(settings.out, "overhead.json")
     model, tokenizer = open_model(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)

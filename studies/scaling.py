@@ -30,7 +30,7 @@ from plumbing.records import write_atomic
 from plumbing.statistics import interval
 from shared import (
     StoredSettings, group_answers, load_judge, open_stored, orders, path_lengths, require,
-    stop_scores, vote_is_right, write_table)
+    require_targets, stop_scores, vote_is_right, write_table)
 
 NO_PRUNING = "no pruning"
 COLOURS = 10  # of matplotlib's curves, before they begin again
@@ -196,6 +196,8 @@ def main(settings):
     share = settings.retention
     require("retention", 0 < share <= 1, share, "a share in (0, 1]")
     require_positive(settings, "prefix", "window")
+    require_targets(
+        settings.out, "figure4.csv", "figure5.csv", "figure4.svg", "figure5.svg")
     stored = open_stored(settings)
     judge = load_judge(settings)
     prefix = settings.prefix

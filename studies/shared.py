@@ -19,6 +19,7 @@ from model import Decoder
 from plumbing.answers import same_vote
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, option, require_positive, shown
+from plumbing.files import require_target
 from plumbing.problems import read_problems
 from plumbing.records import locked, write_atomic
 from plumbing.tokenizer import Tokenizer
@@ -200,6 +201,14 @@ def vote_is_right(chosen, groups, right):
 
 
 # Tables
+
+
+def require_targets(folder, *names):
+    """Raise ValueError where a study could not write one of its files into its folder, which may
+    not be there yet: to be called before the work."""
+    if Path(folder).exists():
+        for name in names:
+            require_target(Path(folder) / name)
 
 
 def write_table(file, rows):

@@ -22,6 +22,7 @@ from lora import Linear
 from model import load
 from plumbing.answers import extract_answer, same_answer
 from plumbing.command_line import command_line, option
+from plumbing.files import require_target
 from plumbing.problems import read_problems
 from plumbing.records import write_atomic
 from plumbing.tokenizer import Tokenizer
@@ -457,6 +458,8 @@ def walk_through(settings):
 
 def main(settings):
     """Write or print the page."""
+    if settings.out is not None:
+        require_target(settings.out)
     text = walk_through(settings)
     if settings.out is None:
         print(text, end="")
