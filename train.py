@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 8 -- train.py --model M ...       # the same on eight GPUs
 
 Supervision: 32 paths a problem; problems with 4 to 28 right ones stay. Each path cut at the
-checkpoint is a prefix, and the share of its 32 continuations that end right is its soft label.
+checkpoint is a prefix, and the share of its 32 continuations that end right is its soft label; with
+--rollouts 0 nothing is continued, and whether its own path ended right is its label.
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
 A run that was killed goes on where it stopped, to the same labels and the same weights.
 """
@@ -33,7 +34,7 @@ from stop import parse_checkpoints
 class Example:
     """A prefix to train on."""
     ids: list      # prompt + prefix
-    label: float   # share of its continuations that end right
+    label: float   # share of its continuations that end right, or its own path's outcome
     problem: str   # which problem it belongs to
     checkpoint: int | None  # where its path was cut; None: not known
 

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 8 -- train.py --model M ...       # the same on eight GPUs
 
 Supervision: 32 paths a problem; problems with 4 to 28 right ones stay. Each path cut at the
-checkpoint is a prefix, and the share of its 32 continuations that end right is its soft label.
+checkpoint is a prefix, and the share of its 32 continuations that end right is its soft label; with
+--rollouts 0 nothing is continued, and whether its own path ended right is its label.
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
 A run that was killed goes on where it stopped, to the same labels and the same weights.
 """
@@ -56,7 +57,8 @@ class Settings(Common):
         "2048", "the checkpoint: new tokens of a prefix; or several, as in 2048,1024,4096, of "
         "which the first is the usual one of stop.py and eval.py")
     prefixes: int = option(32, "prefixes a problem and checkpoint, of its first paths")
-    rollouts: int = option(32, "continuations of a prefix")
+    rollouts: int = option(
+        32, "continuations of a prefix; 0: none, its label is the outcome of its own path")
     m: int = option(4, "[STOP] tokens")
     shared: bool = option(False, "one vector for all [STOP] tokens, as the authors' code has it")
     head: str = option("sigmoid", "sigmoid (paper: one logit) or softmax (release: two)")
@@ -102,11 +104,12 @@ def check(settings):
 
     sampling_of(settings)
     require_positive(
-        settings, "max_new_tokens", "batch", "problems", "paths", "prefixes", "rollouts", "m",
-        "rank", "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
+        settings, "max_new_tokens", "batch", "problems", "paths", "prefixes", "m", "rank",
+        "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
     parse_checkpoints(settings.prefix)
     require_choice(settings, "head", "sigmoid", "softmax")
     require("prefixes", settings.prefixes <= settings.paths, f"at most paths = {settings.paths}")
+    require("rollouts", settings.rollouts >= 0, "0 or more")
     require("low", settings.low >= 0, "at least 0")
     require("high", settings.low <= settings.high <= settings.paths,
             f"{settings.low} to paths, {settings.paths}")

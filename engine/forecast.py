@@ -24,7 +24,7 @@ class Plan:
     problems: int           # to make labels from; 0 where the labels are given
     paths: int              # a problem
     prefixes: int           # to label or, where labels are given, to train on
-    rollouts: int           # a prefix
+    rollouts: int           # a prefix; 0: labels are outcomes of paths, or are given
     tests: int              # held-out problems
     n: int                  # paths of each, to evaluate
     path_length: float      # of a path, prompt apart
@@ -57,9 +57,12 @@ class Plan:
             lines.append(
                 f"{self.problems:,} problems x {self.paths} paths, "
                 f"{tokens['paths'] / 1e6:,.1f} M tokens")
-            lines.append(
-                f"{self.prefixes:,} prefixes x {self.rollouts} rollouts, "
-                f"{tokens['rollouts'] / 1e6:,.1f} M tokens")
+            if self.rollouts:
+                lines.append(
+                    f"{self.prefixes:,} prefixes x {self.rollouts} rollouts, "
+                    f"{tokens['rollouts'] / 1e6:,.1f} M tokens")
+            else:
+                lines.append(f"{self.prefixes:,} prefixes, labelled by their paths' outcomes")
         if self.tests:
             lines.append(
                 f"{self.tests:,} held-out problems x {self.n} paths, "

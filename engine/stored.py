@@ -86,7 +86,8 @@ def require_room(model, prompts, settings):
 
 def roll_out(model, tokenizer, cuts, limit, settings, out):
     """The soft labels of Cuts: the share of K continuations that end right, prefix and continuation
-    together of at most `limit` new tokens. A path that has ended gets its own grade."""
+    together of at most `limit` new tokens. A path that has ended gets its own grade; with K = 0
+    every path does."""
     if not cuts:
         raise ValueError(
             f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
@@ -97,14 +98,16 @@ def roll_out(model, tokenizer, cuts, limit, settings, out):
     identity = digest(model_digest(model), dataclasses.asdict(sampling), graded, K, limit)
     job = Job(out / "labels.jsonl", identity, [cut.head() for cut in cuts])
 
+    most = max(1, K)  # successes that a label may have
+
     def add(i, successes):
-        job.add(i, {"soft_label": successes / K, "successes": successes, "rollouts": K})
+        job.add(i, {"soft_label": successes / most, "successes": successes, "rollouts": K})
 
     with job:
         running = []
         for i in processes.mine(job.todo()):
-            if cuts[i].ended:
-                add(i, K * cuts[i].record["right"][cuts[i].number])
+            if K == 0 or cuts[i].ended:
+                add(i, most * cuts[i].record["right"][cuts[i].number])
             else:
                 running.append(i)
         for checkpoint in sorted({cuts[i].checkpoint for i in running}):

@@ -222,6 +222,47 @@ def test_labels_at_several_checkpoints_by_hand(toy, tmp_path, monkeypatch):
         ([[5, 6, 7, 8], [5, 6, 9, 1]], 2, 8, 0.7, 3), ([[5, 6, 9, 1, 9, 9]], 2, 6, 0.7, 3)]
 
 
+def test_without_rollouts_labels_are_the_paths_outcomes(toy, tmp_path, monkeypatch):
+    """Each prefix at each checkpoint has the grade of its own path, and nothing is continued."""
+    paths = [[7, 8, 7]] + [[9, i, 9, 9, 9] for i in range(1, 32)]
+    monkeypatch.setattr(stored, "sample_paths", stored_paths((5, 29), paths))
+    monkeypatch.setattr(stored, "sample_all", None)
+    settings = train_command.Settings(prefix="4,2", prefixes=6, rollouts=0, max_new_tokens=10)
+    train_command.check(settings)
+    problems = [Problem("5", "?", "1"), Problem("29", "?", "1")]
+    records = stored.make_labels(toy.model, Counted(), problems, settings, tmp_path, PLAN)
+    expected = []
+    for number in range(6):
+        for checkpoint in (2, 4):
+            right = int(number < 5)
+            prefix = [5, 6] + paths[number][:checkpoint]
+            expected.append({
+                "id": "5", "path": number, "checkpoint": checkpoint, "prefix_token_ids": prefix,
+                "soft_label": float(right), "successes": right, "rollouts": 0})
+    assert records == expected
+    assert read_lines(tmp_path / "labels.jsonl")[0]["soft_label"] == 1.0
+
+
+def test_a_run_without_rollouts(few, toy, tmp_path, capsys):
+    """From paths to a STOP; the plan has no tokens of rollouts, and the labels train as any."""
+    settings = small(rollouts=0, prefixes=8, epochs=1, test=few, out=str(tmp_path / "out"))
+    train_command.run(dataclasses.replace(settings, plan=True, out=None))
+    plan = capsys.readouterr().out
+    assert "plan: 48 prefixes, labelled by their paths' outcomes\n" in plan
+    assert "rollouts" not in plan
+    train_command.run(settings)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["validation_loss"] > 0
+    records = read_lines(tmp_path / "out" / "labels.jsonl")
+    right = {}
+    for file in (tmp_path / "out").glob("paths-*.jsonl"):  # those of the evaluation too
+        right |= {record["id"]: record["right"] for record in read_lines(file)}
+    right = {name: right[name] for name in right if name.startswith("toy-train")}
+    staying = [name for name, grades in right.items() if 1 <= sum(grades) <= 7]
+    assert [(record["id"], record["path"], record["soft_label"]) for record in records] == [
+        (name, number, float(right[name][number])) for name in staying for number in range(8)]
+    Stop.load(tmp_path / "out" / "stop", toy.model)
+
+
 @pytest.mark.parametrize("prefixes", (4, 3))
 def test_finished_labels_are_read_and_not_made(toy, tmp_path, monkeypatch, prefixes):
     """A run that has all its labels rolls nothing out when it is started again."""
@@ -904,7 +945,7 @@ def test_a_checkpoint_beyond_the_limit_is_refused(toy, tmp_path):
 
 
 @pytest.mark.parametrize("changes", (
-    {"keep": 3}, {"prefixes": 9}, {"rollouts": 0}, {"epochs": 0}, {"accumulation": 0},
+    {"keep": 3}, {"prefixes": 9}, {"rollouts": -1}, {"epochs": 0}, {"accumulation": 0},
     {"problems": 0}, {"problems": -1}, {"head": "linear"}, {"prefix": "0"}, {"prefix": "4,4"},
     {"low": -1}, {"high": 9}, {"high": 0}, {"validation": 1.0}, {"validation": 0.0},
     {"dropout": 1.0}, {"lr": 0.0}, {"clip": -1.0}, {"warmup": -1}, {"weight_decay": -0.1},
