@@ -2,13 +2,15 @@
 import pathlib
 import re
 import resource
+import sys
 
 import torch
 
 from model import load
 from plumbing import processes
+from plumbing.answers import END_OF_TURN
 from plumbing.checkpoint import find_folder
-from plumbing.tokenizer import Tokenizer
+from plumbing.tokenizer import PROBE, Tokenizer
 
 
 def open_model(settings):
@@ -25,7 +27,21 @@ def open_model(settings):
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: found {settings.device!r}: {reason}") from None
     model = load(settings.model, device, getattr(torch, settings.dtype))
-    return model, Tokenizer(settings.model, settings.chat_format)
+    tokenizer = Tokenizer(settings.model, settings.chat_format)
+    mark = unstopped_turn(tokenizer, model.config.eos_ids)
+    if mark is not None and processes.is_first():
+        print(f"{settings.model}: {mark} ends a turn in the chat format, but is no stop id: paths go "
+              "on behind it, and answers are read up to it", file=sys.stderr, flush=True)
+    return model, tokenizer
+
+
+def unstopped_turn(tokenizer, eos_ids):
+    """The mark with which a turn ends in the chat format, if no path stops at it; else None."""
+    _, _, behind_message = tokenizer.chat(PROBE).partition(PROBE)
+    for mark in END_OF_TURN:
+        if mark in behind_message and tokenizer.library.token_to_id(mark) not in eos_ids:
+            return mark
+    return None
 
 
 def peak_memory():

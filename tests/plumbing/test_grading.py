@@ -1,8 +1,11 @@
 """Kinds of answers that people and models write, several of each, by hand: the pairs that are one
 answer and those that are two; and answers as they are drawn from responses."""
+import time
+
 import pytest
 
-from plumbing.answers import extract_answer, same_answer, same_vote
+from plumbing.answers import MAX_ANSWER, extract_answer, same_answer, same_vote
+from plumbing.readings import readings_of
 
 KINDS = {  # kind: (pairs that are one answer, pairs that are two)
     "equations": (
@@ -246,3 +249,54 @@ def test_what_boxes_hold(text, expected):
 @pytest.mark.parametrize("text, letter", LETTERS)
 def test_which_letter_is_chosen(text, letter):
     assert extract_answer(text, "choice") == letter
+
+
+# Repeated to the length at which an answer is still read, and far beyond it
+HOSTILE = [
+    r"\binom{9999}{4999}", r"\binom{5000}{2500}+", "2025!*", "2025!/2024!+", "2^{9999}", "9^{9^9}",
+    "x^{999}+", "x^{999}*", r"\sin ", r"\sin x", r"\arctan 3+", "ln2", "e^", "e^{999}", "|x", "||x|",
+    r"\sqrt{x}+", r"\sqrt[9]{2}+", "x+", "x=", "x<", "x,", "x=1,", "(x,y)=", r"\pm1", r"\pm", "1,234,",
+    "1 234 ", r"\begin{pmatrix}", "1&", r"1\\", r"(1,2)\cup", r"\text{a}", "5 cm ", "cm/", "{", "}",
+    "[", "(1,", "^2", "!", "°", r"0.\overline{3}+", r"\in", r"\approx", "9:15 ", "A or ", "and ",
+    r"\frac1", r"\frac{1}{x}+", "i^", "(1+i)^{99}", "(1+i)^", r"\log_2 3+", r"\log_", r"\sin^2 ",
+    "1e300", "9e999*", "1e-999+", "f(x)=", "{x=1}", "sinx", "sin(", "sqrt(", "1\\frac12",
+    r"\tan 90°+", r"\binom{x}{2}", "7^{1/99}+", "(-8)^{1/3}+", "x^{x}+", "2^{x}*", r"\exp(", "½", "²",
+    "10^{-3}m", "\\", "\\ ", " ", "\t", "٣", "D is correct ", "Answer: A or ", "<|im_end|", "~",
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_hostile_pieces_take_a_quarter_of_a_second_at_most(piece):
+    """No exception, whatever is repeated; process time, as others may use the machine too."""
+    full = (piece * MAX_ANSWER)[:MAX_ANSWER]
+    answers = [full, "x=" + full[:-2], "(" + full[:-2] + ")", full.rstrip("+*=,^ "), full[:99]]
+    for answer in answers:
+        for pair in ((answer, "7"), ("7", answer), (answer, "x+1.1234567890")):
+            readings_of.cache_clear()
+            start = time.process_time()
+            assert same_answer(*pair) in (True, False)
+            assert time.process_time() - start < 0.25, pair
+    many = piece * (100_000 // len(piece))
+    boxes = (rf"\boxed{{{full[:60]}}} and " * 3000)
+    for text in (many, rf"\boxed{{{many}}}", boxes, "Answer: " + many):
+        for kind in ("math", "choice"):
+            start = time.process_time()
+            assert isinstance(extract_answer(text, kind), str | None)
+            assert time.process_time() - start < 0.25, (text[:80], kind)
+
+
+@pytest.mark.parametrize("text", [
+    "(" * 50_000 + "1" + ")" * 50_000, "{" * 100_000, "\\" * 100_000, "2^" * 50_000 + "2",
+    r"\binom{10^{9}}{5\cdot 10^{8}}", r"\binom{10^{999}}{3}", r"\ln(10^{10^{10}})", r"\ln 0",
+    r"\log_1 5", r"\log_0 0", r"\tan\frac{\pi}{2}", r"\sin(10^{5000})", "e^{e^{e^{e}}}", "i^{i^{i}}",
+    "0^0", "0^{-1}", r"0^{\pi}", "(-1)!", r"(1/2)!", r"\sqrt[0]{2}", r"\sqrt[10^9]{2}", "1/0=2/0",
+    "2^{2^{2^{2^{2^2}}}}", r"\cosh(10^{9})", r"\infty-\infty", r"0\cdot\infty", "(1,2)+(3,4)",
+    r"\begin{pmatrix}", r"\begin{array}{", r"\end{pmatrix}", "x=" * 100, "\ud800", "\0", "=" * 400,
+    r"1234567!", "9" * 400, "0." + "9" * 390, r"\arcsin(10^{4000})", r"|10^{4000}i|"])
+def test_hostile_values_neither_raise_nor_take_long(text):
+    for pair in ((text, "7"), ("7", text), (text, text + " "), ("x=" + text, text)):
+        readings_of.cache_clear()
+        start = time.process_time()
+        assert same_answer(*pair) in (True, False)
+        assert time.process_time() - start < 0.25
+    assert not same_answer(text, "7")
