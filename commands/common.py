@@ -30,8 +30,8 @@ def open_model(settings):
     tokenizer = Tokenizer(settings.model, settings.chat_format)
     mark = unstopped_turn(tokenizer, model.config.eos_ids)
     if mark is not None and processes.is_first():
-        print(f"{settings.model}: {mark} ends a turn in the chat format, but is no stop id: paths go "
-              "on behind it, and answers are read up to it", file=sys.stderr, flush=True)
+        print(f"{settings.model}: {mark} ends a turn in the chat format, but is no stop id: paths "
+              "go on behind it, and answers are read up to it", file=sys.stderr, flush=True)
     return model, tokenizer
 
 

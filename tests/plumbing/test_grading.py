@@ -254,14 +254,15 @@ def test_which_letter_is_chosen(text, letter):
 # Repeated to the length at which an answer is still read, and far beyond it
 HOSTILE = [
     r"\binom{9999}{4999}", r"\binom{5000}{2500}+", "2025!*", "2025!/2024!+", "2^{9999}", "9^{9^9}",
-    "x^{999}+", "x^{999}*", r"\sin ", r"\sin x", r"\arctan 3+", "ln2", "e^", "e^{999}", "|x", "||x|",
-    r"\sqrt{x}+", r"\sqrt[9]{2}+", "x+", "x=", "x<", "x,", "x=1,", "(x,y)=", r"\pm1", r"\pm", "1,234,",
-    "1 234 ", r"\begin{pmatrix}", "1&", r"1\\", r"(1,2)\cup", r"\text{a}", "5 cm ", "cm/", "{", "}",
-    "[", "(1,", "^2", "!", "°", r"0.\overline{3}+", r"\in", r"\approx", "9:15 ", "A or ", "and ",
-    r"\frac1", r"\frac{1}{x}+", "i^", "(1+i)^{99}", "(1+i)^", r"\log_2 3+", r"\log_", r"\sin^2 ",
-    "1e300", "9e999*", "1e-999+", "f(x)=", "{x=1}", "sinx", "sin(", "sqrt(", "1\\frac12",
-    r"\tan 90°+", r"\binom{x}{2}", "7^{1/99}+", "(-8)^{1/3}+", "x^{x}+", "2^{x}*", r"\exp(", "½", "²",
-    "10^{-3}m", "\\", "\\ ", " ", "\t", "٣", "D is correct ", "Answer: A or ", "<|im_end|", "~",
+    "x^{999}+", "x^{999}*", r"\sin ", r"\sin x", r"\arctan 3+", "ln2", "e^", "e^{999}", "|x",
+    "||x|", r"\sqrt{x}+", r"\sqrt[9]{2}+", "x+", "x=", "x<", "x,", "x=1,", "(x,y)=", r"\pm1",
+    r"\pm", "1,234,", "1 234 ", r"\begin{pmatrix}", "1&", r"1\\", r"(1,2)\cup", r"\text{a}",
+    "5 cm ", "cm/", "{", "}", "[", "(1,", "^2", "!", "°", r"0.\overline{3}+", r"\in", r"\approx",
+    "9:15 ", "A or ", "and ", r"\frac1", r"\frac{1}{x}+", "i^", "(1+i)^{99}", "(1+i)^",
+    r"\log_2 3+", r"\log_", r"\sin^2 ", "1e300", "9e999*", "1e-999+", "f(x)=", "{x=1}", "sinx",
+    "sin(", "sqrt(", "1\\frac12", r"\tan 90°+", r"\binom{x}{2}", "7^{1/99}+", "(-8)^{1/3}+",
+    "x^{x}+", "2^{x}*", r"\exp(", "½", "²", "10^{-3}m", "\\", "\\ ", " ", "\t", "٣",
+    "D is correct ", "Answer: A or ", "<|im_end|", "~",
 ]
 
 
@@ -288,7 +289,8 @@ def test_hostile_pieces_take_a_quarter_of_a_second_at_most(piece):
 @pytest.mark.parametrize("text", [
     "(" * 50_000 + "1" + ")" * 50_000, "{" * 100_000, "\\" * 100_000, "2^" * 50_000 + "2",
     r"\binom{10^{9}}{5\cdot 10^{8}}", r"\binom{10^{999}}{3}", r"\ln(10^{10^{10}})", r"\ln 0",
-    r"\log_1 5", r"\log_0 0", r"\tan\frac{\pi}{2}", r"\sin(10^{5000})", "e^{e^{e^{e}}}", "i^{i^{i}}",
+    r"\log_1 5", r"\log_0 0", r"\tan\frac{\pi}{2}", r"\sin(10^{5000})", "e^{e^{e^{e}}}",
+    "i^{i^{i}}",
     "0^0", "0^{-1}", r"0^{\pi}", "(-1)!", r"(1/2)!", r"\sqrt[0]{2}", r"\sqrt[10^9]{2}", "1/0=2/0",
     "2^{2^{2^{2^{2^2}}}}", r"\cosh(10^{9})", r"\infty-\infty", r"0\cdot\infty", "(1,2)+(3,4)",
     r"\begin{pmatrix}", r"\begin{array}{", r"\end{pmatrix}", "x=" * 100, "\ud800", "\0", "=" * 400,
