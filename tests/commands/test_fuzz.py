@@ -408,6 +408,19 @@ def change_lines(content, draw):
     return f"{how} at line {place + 1}", b"".join(lines)
 
 
+def harms(name, content, draw, count):
+    """Yield (what, the new content) of harms to a file: of lines always a torn last one, which is
+    made again, and one with another seal, which is refused; whatever is drawn, both are seen."""
+    if not name.endswith("jsonl"):
+        for _ in range(count):
+            yield damage(content, draw)
+        return
+    yield "torn", content[:-2]
+    yield "another seal", content.replace(b'"seal": "', b'"seal": "0', 1)
+    for number in range(4):
+        yield (change_lines if number % 2 else damage)(content, draw)
+
+
 @pytest.mark.parametrize("script", ("train", "eval", "score"))
 def test_a_runs_folder_is_believed_only_where_it_is_as_the_run_left_it(
         world, tmp_path, draw, script):
@@ -419,11 +432,7 @@ def test_a_runs_folder_is_believed_only_where_it_is_as_the_run_left_it(
     good = files_of(out)
     seen = set()
     for name, content in good.items():
-        for number in range(6 if script != "score" or name.endswith("jsonl") else 1):
-            change = damage
-            if name.endswith("jsonl") and number % 2:
-                change = change_lines
-            what, changed = change(content, draw)
+        for what, changed in harms(name, content, draw, 1 if script == "score" else 6):
             (out / name).write_bytes(changed)
             refused, line = attempt((name, what), script, world, *words)
             seen.add(refused)
