@@ -23,8 +23,8 @@ say = tqdm.write
 
 
 def progress(name, total, unit, done=0):
-    """A bar or lines that count `total` units, of which `done` are there: a context with `n`,
-    `total` (both may be set) and `update(units)`."""
+    """A bar or lines that count `total` units, of which `done` are there: a context with `total`
+    (it may be set), `update(units)` and `set_postfix_str(text)`, as tqdm has them."""
     if not processes.is_first():
         return tqdm(disable=True, total=total, initial=done)
     if sys.stderr.isatty():
@@ -42,6 +42,7 @@ class Lines:
         self.unit = unit
         self.n = done
         self.begun_with = done
+        self.postfix = ""
         self.clock = clock
         self.start = clock()
         self.ended = threading.Event()
@@ -49,6 +50,10 @@ class Lines:
 
     def update(self, units=1):
         self.n += units
+
+    def set_postfix_str(self, text, refresh=True):
+        """What else the lines say, from the next one on."""
+        self.postfix = f", {text}"
 
     def __enter__(self):
         self.thread.start()
@@ -73,10 +78,12 @@ class Lines:
         text = f"{self.name}: {self.n:,.0f} of {self.total:,.0f} {self.unit}{share}, "
         text += f"{shown_rate(rate, self.unit)}, "
         if self.n >= self.total:
-            return text + f"{shown_time(seconds)} in all"
-        if rate == 0:
-            return text + "time left not known yet"
-        return text + f"{shown_time((self.total - self.n) / rate)} left"
+            text += f"{shown_time(seconds)} in all"
+        elif rate == 0:
+            text += "time left not known yet"
+        else:
+            text += f"{shown_time((self.total - self.n) / rate)} left"
+        return text + self.postfix
 
 
 def write(line):

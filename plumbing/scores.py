@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 from safetensors.torch import save
 
 from plumbing.files import is_there, read_bytes
+from plumbing.progress import progress
 from plumbing.records import Job, digest, locked, write_atomic
 
 
@@ -54,7 +54,7 @@ def _score_missing(job, prefixes, batches, check, chance, trace):
     """Make the records that the job lacks, a batch at a time; a batch is the same in every run."""
     missing = set(job.todo())
     done = len(prefixes) - len(missing)
-    with tqdm(total=len(prefixes), initial=done, unit="prefix", desc="score", disable=None) as bar:
+    with progress("score", len(prefixes), "prefix", done) as bar:
         for numbers in batches:
             wanted = missing.intersection(numbers)
             if not wanted:

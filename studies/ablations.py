@@ -54,7 +54,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from baselines import progress
 from commands import train as train_command
 from commands.common import open_model
 from commands.stop import recorded_states
@@ -65,12 +64,13 @@ from model import Decoder
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import command_line, option, require_positive, shown
 from plumbing.problems import read_problems
+from plumbing.progress import progress
 from plumbing.records import (
-    claim, digest, locked, read_json, read_records, read_sealed, write_atomic, write_sealed)
+    claim, digest, locked, read_records, read_sealed, write_atomic, write_sealed)
 from plumbing.statistics import Interval, interval
 from plumbing.tokenizer import Tokenizer
 from sample import check_prompts, prefill, require_finite
-from shared import labels_file, require, stored_paths
+from shared import labels_file, read_ceilings, read_seeds, require, stored_paths
 from stop import Stop, like_lengths, parse_checkpoints
 
 HIDDEN = 512  # of the two-layer heads, as STEP has it
@@ -218,7 +218,7 @@ def read_states(model, texts, marks, batch=BATCH):
     device = model.device
     penultimate = torch.zeros(len(texts), model.config.hidden_size)
     steps = [None] * len(texts)
-    with recorded_states(model) as passes, progress(len(texts), "prefix", "states") as bar:
+    with recorded_states(model) as passes, progress("states", len(texts), "prefix") as bar:
         for rows in like_lengths(sequences, batch):
             passes.clear()
             tensors = [torch.tensor(sequences[i]) for i in rows]
@@ -604,7 +604,7 @@ def score(model, scorers, prefixes, longest, batch=BATCH):
     `longest` positions behind it. A scorer gives chances (B,), or states (B, hidden)."""
     check_prompts(model, prefixes, longest)
     found = {}
-    with progress(len(prefixes), "prefix", "check") as bar:
+    with progress("check", len(prefixes), "prefix") as bar:
         for rows in like_lengths(prefixes, batch):
             cache, hidden = prefill(model, [prefixes[i] for i in rows], longest)
             for key, scorer in scorers.items():
@@ -745,19 +745,16 @@ class Reach:
         return (avg - self.random) / self.gain
 
 
-def read_reach(file, records, checkpoint, n, keep):
-    """The Reach for a checkpoint. The ceiling may be that of fewer problems: it is its gain over
-    random on its own problems that is used. ValueError where the file does not hold it."""
-    content = read_json(file)
-    ceilings = {}
-    for row in content.get("ceilings", []):
-        ceilings[row["checkpoint"], row["launched"], row["kept"]] = row["avg"]
-    random = {row["checkpoint"]: row["random"][0] for row in content.get("rows", [])}
-    if (checkpoint, n, keep) not in ceilings or checkpoint not in random:
-        raise ValueError(
-            f"{file}: ceilings: found none, expected one at {checkpoint} of {n} paths, {keep} kept")
-    here = float(np.mean([record["right"] for record in records]))
-    return Reach(here, ceilings[checkpoint, n, keep] - random[checkpoint])
+def read_reach(file, study):
+    """The Reach of a study. The ceiling may be that of fewer problems: it is its gain over random
+    on its own problems that is used. ValueError where the file does not hold it."""
+    ceilings = read_ceilings(file, study.model)
+    key = (study.checkpoint, study.settings.n, study.settings.keep)
+    if key not in ceilings.reached or study.checkpoint not in ceilings.random:
+        raise ValueError(f"{file}: ceilings: found none, expected one at {key[0]} of {key[1]} "
+                         f"paths, {key[2]} kept")
+    here = float(np.mean([record["right"] for record in study.records]))
+    return Reach(here, ceilings.reached[key] - ceilings.random[study.checkpoint])
 
 
 # The study
@@ -771,13 +768,6 @@ def read_names(text):
             read_variant(name)
             names.append(name)
     return names
-
-
-def read_seeds(text):
-    """Different seeds in a flag's text."""
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII):
-        raise ValueError(f"seeds: found {shown(text)}, expected whole numbers as in 0,1,2")
-    return list(dict.fromkeys(int(seed) for seed in text.split(",")))
 
 
 def check(settings):
@@ -822,8 +812,7 @@ def main(settings):
     study = open_study(settings, names)
     reach = None
     if settings.ceiling is not None:
-        reach = read_reach(
-            settings.ceiling, study.records, study.checkpoint, settings.n, settings.keep)
+        reach = read_reach(settings.ceiling, study)
     claimed = study.claimed()
     identity = digest(claimed)
     study.out.mkdir(parents=True, exist_ok=True)

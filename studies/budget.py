@@ -56,10 +56,12 @@ from plumbing import processes
 from plumbing.budget_plan import METRICS, BudgetPlan, Stage, write_plans
 from plumbing.command_line import command_line, option, require_choice, require_positive
 from plumbing.files import require_target
-from plumbing.records import locked, read_json, write_atomic
+from plumbing.records import locked, write_atomic
 from plumbing.statistics import Interval, interval
 from sample import check_prompts, generate, prefill, room, sampling_of
-from shared import StopSettings, load_problems, load_stop, numbers, require, write_table
+from shared import (
+    StopSettings, load_problems, load_stop, numbers, read_ceilings, read_seeds, require,
+    write_table)
 
 LAUNCHED = (6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64)
 ENDINGS = (  # (keep, branch) of an only check
@@ -336,17 +338,6 @@ def worse_signals(signal):
 COLUMNS = ("avg", "cons", "weighted", "pass")
 
 
-def ceilings(file):
-    """{(checkpoint, N, keep): the avg that any score could reach} of studies/ceiling.py; empty
-    without a file."""
-    if file is None:
-        return {}
-    known = {}
-    for record in read_json(file)["ceilings"]:
-        known[record["checkpoint"], record["launched"], record["kept"]] = record["avg"]
-    return known
-
-
 def ceiling_of(plan, known):
     """The ceiling of avg for a plan of one check, or None."""
     if len(plan.stages) != 1:
@@ -479,13 +470,8 @@ def write_plan_file(settings, field, reported, rows):
 def read_samplings(settings):
     """The Sampling of each of --seeds."""
     base = sampling_of(settings)
-    samplings = []
-    for part in settings.seeds.split(","):
-        require("seeds", part.isdecimal(), settings.seeds, "numbers with commas, as in 0,1,2")
-        samplings.append(dataclasses.replace(base, seed=base.seed + int(part)))
-    seeds = {sampling.seed for sampling in samplings}
-    require("seeds", len(seeds) == len(samplings), settings.seeds, "each seed once")
-    return samplings
+    seeds = read_seeds(settings.seeds)
+    return [dataclasses.replace(base, seed=base.seed + seed) for seed in seeds]
 
 
 class Budgets(NamedTuple):
@@ -534,14 +520,16 @@ def main(settings):
     field, checkpoints = open_field(settings)
     if settings.write:
         require_target(stop_folder(settings) / "plan.json")
+    known_ceilings = {}
+    if settings.ceiling is not None:
+        known_ceilings = read_ceilings(settings.ceiling, field.model).reached
     field.folder.mkdir(parents=True, exist_ok=True)
     with locked(field.folder) if processes.is_first() else contextlib.nullcontext():
-        run(settings, field, checkpoints, samplings)
+        run(settings, field, checkpoints, samplings, known_ceilings)
 
 
-def run(settings, field, checkpoints, samplings):
+def run(settings, field, checkpoints, samplings, known_ceilings):
     """The whole study, in its folder. The problems to report on shape nothing."""
-    known_ceilings = ceilings(settings.ceiling)
     first, second = halves(field)
     prompts = [field.tokenizer.ask(problem) for problem in first.problems]
     usual = usual_length(field.model, prompts, field.limit, samplings[0])

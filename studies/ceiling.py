@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from commands import train as train_command
 from engine.protocol import no_number
-from engine.stored import require_room, roll_out
+from engine.stored import model_digest, require_room, roll_out
 from eval import cell, select
 from plumbing import processes
 from plumbing.command_line import Common, command_line, option, require_positive
@@ -260,7 +260,9 @@ def run(settings, stored, out):
                 f"{settings.rollouts} rollouts a prefix\n\n{table(rows)}")
         print(text)
         write_atomic(out / "ceiling.md", text + "\n")
-        content = {"settings": dataclasses.asdict(settings), "rows": rows, "ceilings": reached}
+        content = {
+            "settings": dataclasses.asdict(settings), "model": model_digest(stored.model),
+            "rows": rows, "ceilings": reached}
         write_atomic(out / "ceiling.json", strict_json(content, indent=1) + "\n")
         shares = {f"share {row['checkpoint']}": round(row["share"].mean, 4) for row in rows}
         print(strict_json({"out": settings.out, **shares}))

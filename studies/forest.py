@@ -18,10 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from baselines import entropy, progress
+from baselines import entropy
 from engine.stored import model_digest, stop_digest
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer, same_vote
+from plumbing.progress import progress
 from plumbing.records import Job, digest
 from sample import Batch, Path, branch_key, uniform
 from stop import of_first_equal
@@ -416,7 +417,7 @@ def measure(field, signal, plans, sampling):
     starts = [span.start for span in map(spans(plans).get, plans)]
     together = max(1, TOGETHER // max(plan.n for plan in plans))
     todo = processes.mine(job.todo())
-    with job, progress(len(todo), "problem", f"{signal.name}, seed {sampling.seed}") as bar:
+    with job, progress(f"{signal.name}, seed {sampling.seed}", len(todo), "problem") as bar:
         for first in range(0, len(todo), together):
             chosen = todo[first:first + together]
             trees = grow(field.model, signal, [prompts[i] for i in chosen], plans, field.limit,

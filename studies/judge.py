@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import tqdm
 from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,6 +28,7 @@ from commands.common import open_model
 from model import Decoder, load
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, command_line, option, require_choice
+from plumbing.progress import progress, say
 from plumbing.records import read_json, write_atomic
 from sample import require_finite
 from shared import labels_file, require_targets
@@ -188,12 +188,12 @@ def fit(judge, examples, settings):
     lowest = math.inf
     best_state = None
     best_epoch = None
-    with tqdm(total=settings.epochs * steps, unit="step", desc="judge", disable=None) as bar:
+    with progress("judge", settings.epochs * steps, "step") as bar:
         for epoch in range(1, settings.epochs + 1):
             row = {"train_loss": train_epoch(judge, optimizer, training, settings, epoch, bar)}
             row |= validate(judge, validation)
             values = [f"{key} {value:.4g}" for key, value in row.items() if value is not None]
-            tqdm.write(f"epoch {epoch}: {', '.join(values)}")
+            say(f"epoch {epoch}: {', '.join(values)}")
             if row["validation_loss"] < lowest:
                 lowest = row["validation_loss"]
                 best_epoch = epoch

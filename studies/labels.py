@@ -29,13 +29,11 @@ that with the lowest validation loss on held-out problems is taken, by the way's
 What is measured: the share of right ones among the kept paths of held-out problems, whose paths are
 sampled once. Intervals: 95%, by bootstrap over problems and seeds; differences are paired.
 """
-import concurrent.futures
 import dataclasses
 import functools
 import io
 import json
 import math
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -49,8 +47,7 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from ablations import interval_with_seeds, read_seeds, score, stop_chances
-from baselines import progress
+from ablations import interval_with_seeds, score, stop_chances
 from commands import train as train_command
 from commands.common import open_model
 from engine import fit as engine_fit
@@ -60,10 +57,12 @@ from model import Decoder
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, check_values, command_line, option, require_positive
 from plumbing.problems import read_problems, read_sources, without_held_out
+from plumbing.processes import side_by_side
+from plumbing.progress import progress
 from plumbing.records import Job, claim, digest, locked, read_sealed, write_atomic, write_sealed
 from plumbing.tokenizer import Tokenizer
 from sample import prefill, room, sample_all, sampling_of
-from shared import numbers, require, stored_paths
+from shared import numbers, read_seeds, require, stored_paths
 from stop import parse_checkpoints
 
 WAYS = ("outcomes", "rollouts", "mixed")
@@ -339,7 +338,7 @@ def fit(study, prefixes, paths, seed):
     optimizer = torch.optim.AdamW(stop.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     best = math.inf
     steps = recipe.epochs * math.ceil(len(training.batches) / recipe.accumulation)
-    with progress(steps, "step", "fit") as bar:
+    with progress("fit", steps, "step") as bar:
         for epoch in range(recipe.epochs):
             train.train_epoch(study.model, stop, optimizer, training, recipe, epoch, bar)
             row = train.validate(study.model, stop, held)
@@ -610,11 +609,13 @@ def make_all_fits(study, budgets, seeds):
         for seed in seeds:
             make_fits(study, budgets, seed)
         return
-    fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=fresh) as pool:
-        running = [pool.submit(make_fits_alone, study.settings, budgets, seed) for seed in seeds]
-        for future in concurrent.futures.as_completed(running):
-            future.result()
+    tasks = [(study.settings, budgets, seed) for seed in seeds]
+
+    def name(number):
+        return f"fits of seed {seeds[number]}"
+
+    for _ in side_by_side(make_fits_alone, tasks, jobs, name):
+        pass
 
 
 def main(settings):

@@ -38,12 +38,10 @@ one size:
     reweighted forms      u = s (1 - 2 b) + b^2           shape "advantage"
     scores as critic      u = s (1 - s)                   shape "doubt"
 """
-import concurrent.futures
 import dataclasses
 import io
 import json
 import math
-import multiprocessing
 import pathlib
 import sys
 from typing import Callable, NamedTuple
@@ -58,16 +56,18 @@ except ImportError:
     matplotlib = None
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from baselines import progress
 from commands.common import open_model
 from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import read_problems
-from plumbing.records import Job, digest, locked, write_atomic
+from plumbing.processes import side_by_side
+from plumbing.progress import progress
+from plumbing.records import (
+    Job, digest, locked, read_sealed, require_plain_file, write_atomic, write_sealed)
 from plumbing.statistics import Interval
-from sample import Batch, Path, generate, prefill, sampling_of
+from sample import Batch, Path, generate, prefill, require_finite, sampling_of
 from shared import (
     StopSettings, load_problems, load_stop, numbers, path_lengths, require, stored_paths,
     write_table)
@@ -310,11 +310,15 @@ def pool_of(model, stop, records, checkpoints, settings, folder):
     identity = digest(
         model_digest(model), records, checkpoints, settings.temperature, settings.seed, SKETCH)
     file = folder / f"gradients-{identity[:12]}.npy"
+    require_plain_file(file)
     if not file.is_file():
+        found = gradients_of(model, records, checkpoints, settings)
+        require_finite(found, "gradients")
         content = io.BytesIO()
-        np.save(content, gradients_of(model, records, checkpoints, settings), allow_pickle=False)
-        write_atomic(file, content.getvalue())
-    gradients = torch.from_numpy(np.load(file, allow_pickle=False))
+        np.save(content, found.numpy(), allow_pickle=False)
+        write_sealed(file, identity, content.getvalue())
+    content = read_sealed(file, identity, "remove it, and it is made again")
+    gradients = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
     shape = (len(records), len(records[0]["paths"]))
     scores = {}
     prefix = {}
@@ -330,14 +334,15 @@ def pool_of(model, stop, records, checkpoints, settings, folder):
 
 
 def gradients_of(model, records, checkpoints, settings):
-    """Folded gradients (checkpoints + 1, paths, SKETCH): of each prefix, and last of the path."""
+    """Folded gradients (checkpoints + 1, paths, SKETCH) float32: of each prefix, and last of the
+    path."""
     model.requires_grad_(True)
     sketch = Sketch(model, settings.seed)
     paths = []
     for record in records:
         paths += [Path(record["prompt_ids"], i, ids) for i, ids in enumerate(record["paths"])]
     found = torch.zeros(len(checkpoints) + 1, len(paths), SKETCH)
-    with progress(len(paths), "path", "gradients") as bar:
+    with progress("gradients", len(paths), "path") as bar:
         for i, path in enumerate(paths):
             logp, number = log_chances(model, [path], settings.temperature)
             for place, checkpoint in enumerate(checkpoints):
@@ -346,7 +351,7 @@ def gradients_of(model, records, checkpoints, settings):
             found[-1, i] = sketch(logp[number >= 0].sum())
             bar.update()
     model.requires_grad_(False)
-    return found.numpy()
+    return found
 
 
 # Bias, variance, tokens
@@ -493,7 +498,7 @@ def study_gradients(pool, checkpoints, settings):
         plans = [Plan(checkpoint, shape, share) for shape in SHAPES for share in SHARES]
         for kind in OTHER_SCORES:
             plans += [Plan(checkpoint, shape, OTHER_SHARE, kind) for shape in SHAPES]
-        with progress(len(plans), "plan", f"pruning at {checkpoint}") as bar:
+        with progress(f"pruning at {checkpoint}", len(plans), "plan") as bar:
             for plan in plans:
                 found += measure(pool, plan, pruning, settings)
                 bar.update()
@@ -748,16 +753,18 @@ def study_training(model, stop, tokenizer, settings, folder):
     identity = digest(known, model_digest(model), stop_digest(stop), problems)
     job = Job(folder / f"training-{identity[:12]}.jsonl", identity, training_heads(settings))
     todo = job.todo()
-    fresh = multiprocessing.get_context("spawn")  # a fork would share torch's threads
-    pool = concurrent.futures.ProcessPoolExecutor(settings.jobs, mp_context=fresh)
-    with job, pool, progress(len(todo), "run", "training") as bar:
-        running = {}
-        for i in todo:
-            head = job.heads[i]
-            future = pool.submit(train_run, head["form"], head["refitted"], head["seed"], settings)
-            running[future] = i
-        for future in concurrent.futures.as_completed(running):
-            job.add(running[future], future.result())
+    tasks = []
+    for i in todo:
+        head = job.heads[i]
+        tasks.append((head["form"], head["refitted"], head["seed"], settings))
+
+    def name(number):
+        form, is_refitted, seed, _ = tasks[number]
+        return f"training: {form}{', STOP refitted' if is_refitted else ''}, seed {seed}"
+
+    with job, progress("training", len(todo), "run") as bar:
+        for number, found in side_by_side(train_run, tasks, settings.jobs, name):
+            job.add(todo[number], found)
             bar.update()
     return job.finish(), accuracy(model, tokenizer, tests, settings)
 

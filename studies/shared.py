@@ -8,20 +8,22 @@ import csv
 import dataclasses
 import io
 import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from baselines import progress
 from commands.common import open_model, stop_folder
-from engine.stored import sample_paths
+from engine.stored import model_digest, sample_paths
 from model import Decoder
 from plumbing.answers import same_vote
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, option, require_positive, shown
 from plumbing.files import require_target
 from plumbing.problems import read_problems
-from plumbing.records import locked, write_atomic
+from plumbing.progress import progress
+from plumbing.records import locked, read_json, write_atomic
 from plumbing.tokenizer import Tokenizer
 from sample import sampling_of
 from stop import Stop
@@ -34,14 +36,26 @@ def require(name, fits, found, expected):
 
 
 def numbers(name, text, kind=int):
-    """The positive numbers in a flag's text, with commas between: a list of `kind`."""
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    positive = all(0 < number < math.inf for number in found)
-    require(name, positive, text, "positive numbers with commas")
+    """The positive numbers in a flag's text, with commas between: a list of `kind`. None is so
+    large that no run could be meant (2^31 of a whole number, 2^53 of another)."""
+    pattern = r"\d{1,10}" if kind is int else r"[\d.]{1,20}(e[+-]?\d{1,3})?"
+    most = 2 ** 31 if kind is int else 2 ** 53
+    found = []
+    for part in text.split(","):
+        fits = re.fullmatch(pattern, part, re.ASCII) and part.count(".") <= 1 and part != "."
+        found.append(kind(part) if fits else 0)
+    positive = all(0 < number < most for number in found)
+    require(name, positive, text, f"positive numbers below {most} with commas")
     return found
+
+
+def read_seeds(text):
+    """The different seeds in a flag's text."""
+    fits = re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII)
+    require("seeds", fits, text, "whole numbers of at most 9 digits, as in 0,1,2")
+    seeds = [int(seed) for seed in text.split(",")]
+    require("seeds", len(set(seeds)) == len(seeds), text, "each seed once")
+    return seeds
 
 
 def labels_file(settings):
@@ -84,6 +98,62 @@ def load_judge(settings):
     if path is None:
         return None
     return open_model(dataclasses.replace(settings, model=path, chat_format=None))
+
+
+# The ceiling
+
+
+class Ceilings(NamedTuple):
+    """What a ceiling.json of studies/ceiling.py says."""
+    reached: dict  # (checkpoint, launched, kept) -> the avg that any score could reach
+    random: dict   # checkpoint -> the avg of keeping at random
+
+
+def read_ceilings(file, model):
+    """The Ceilings in a file. ValueError where it is broken, or was made of another model."""
+    content = read_json(file)
+    expected = model_digest(model)
+    if content.get("model") != expected:
+        raise ValueError(
+            f"{file}: model: found {shown(content.get('model'))}, expected {expected!r}: it was "
+            "made of another model's paths; run studies/ceiling.py again")
+    reached = {}
+    for place, record in _records(file, content, "ceilings"):
+        key = tuple(_count(place, record, name) for name in ("checkpoint", "launched", "kept"))
+        reached[key] = _share(f"{place}: avg", record.get("avg"))
+    random = {}
+    for place, record in _records(file, content, "rows"):
+        interval = record.get("random")
+        fits = isinstance(interval, list) and len(interval) == 3
+        require(f"{place}: random", fits, interval, "a mean and its interval")
+        checkpoint = _count(place, record, "checkpoint")
+        random[checkpoint] = _share(f"{place}: random", interval[0])
+    return Ceilings(reached, random)
+
+
+def _records(file, content, key):
+    """Yield (place, dict) of each record in a list of a JSON file's content."""
+    records = content.get(key)
+    require(f"{file}: {key}", isinstance(records, list) and records, records, "a list of records")
+    for number, record in enumerate(records):
+        place = f"{file}: {key}[{number}]"
+        require(place, isinstance(record, dict), record, "a JSON object")
+        yield place, record
+
+
+def _count(place, record, name):
+    """A positive integer in a record."""
+    value = record.get(name)
+    fits = type(value) is int and 1 <= value < 2 ** 31
+    require(f"{place}: {name}", fits, value, "a positive integer of 32 bits")
+    return value
+
+
+def _share(place, value):
+    """A share that stands somewhere, as a float."""
+    fits = type(value) in (int, float) and 0 <= value <= 1
+    require(place, fits, value, "a share in [0, 1]")
+    return float(value)
 
 
 # Stored paths
@@ -151,7 +221,7 @@ def stop_scores(stored, prefix):
     prefixes = []
     for record in stored.records:
         prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
-    with progress(len(prefixes), "prefix", f"check at {prefix}") as bar:
+    with progress(f"check at {prefix}", len(prefixes), "prefix") as bar:
         chances = stored.stop.score(stored.model, prefixes, batch=64, bar=bar)
     return chances.double().cpu().numpy().reshape(stored.shape)
 

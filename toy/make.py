@@ -28,7 +28,6 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import tqdm
 from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -36,6 +35,7 @@ from model import Decoder, load
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import Config
 from plumbing.command_line import command_line, option, require_positive
+from plumbing.progress import progress
 from sample import generate, require_finite
 
 
@@ -470,7 +470,7 @@ def pretrain(model, corpus, tokens, peak, name, settings):
     optimizer = new_optimizer(model, settings.weight_decay)
     losses = []
     done = 0
-    with tqdm(total=tokens, desc=name, unit="tok", unit_scale=True, mininterval=2) as bar:
+    with progress(name, tokens, "tok") as bar:
         while done < tokens:
             ids, wanted = next(corpus)
             cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * done / tokens)) / 2

@@ -45,8 +45,10 @@ def test_a_line_a_minute_says_stage_count_rate_and_time_left(capsys):
 def test_what_was_there_before_has_no_part_in_the_rate(capsys):
     clock = Clock(1, lambda minute: lines.update(30))
     lines = Lines("fit", 200, "step", 100, clock)
+    lines.set_postfix_str("loss 0.5")
     lines.tell(clock.wait)
-    assert capsys.readouterr().err == "fit: 130 of 200 step (65%), 0.5 step/s, 2.3 min left\n"
+    expected = "fit: 130 of 200 step (65%), 0.5 step/s, 2.3 min left, loss 0.5\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_job_that_stands_still_says_so_and_a_total_may_change(capsys):

@@ -2,7 +2,9 @@
 computation."""
 import json
 import math
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from test_studies import check_refusal, folder, lively, run  # noqa: F401 (fixtu
 
 sys.path.insert(0, str(ROOT / "studies"))
 import ablations
+import shared
 from commands import train as train_command
+from engine.stored import model_digest
 from model import load
 from plumbing.statistics import interval
 from plumbing.tokenizer import Tokenizer
@@ -190,30 +194,35 @@ def test_intervals_over_seeds_too():
     assert equal == pytest.approx((0.2, 0.1, 0.3))
 
 
-def write_ceiling(file, **changes):
-    """A file as studies/ceiling.py writes it."""
+def write_ceiling(file, model, **changes):
+    """A file as studies/ceiling.py writes it for a model."""
     row = {"checkpoint": 4, "launched": 5, "kept": 2, "avg": 0.7} | changes
-    content = {"rows": [{"checkpoint": 4, "random": [0.2, 0.1, 0.3]}], "ceilings": [row]}
+    content = {
+        "model": model_digest(model), "rows": [{"checkpoint": 4, "random": [0.2, 0.1, 0.3]}],
+        "ceilings": [row]}
     file.write_text(json.dumps(content))
 
 
 def test_the_way_to_the_ceiling(tmp_path):
     """.2 to .7 on the ceiling's problems; on the study's, random has .3: .55 is half of the way."""
     file = tmp_path / "ceiling.json"
-    write_ceiling(file)
+    model = random_model("qwen2")
+    write_ceiling(file, model)
     records = [{"right": [True, False]}, {"right": [False, False]}, {"right": [True, True]}]
     records += [{"right": [False, False]}, {"right": [False, False]}]
-    reach = ablations.read_reach(file, records, 4, 5, 2)
+    study = SimpleNamespace(
+        model=model, records=records, checkpoint=4, settings=SimpleNamespace(n=5, keep=2))
+    reach = ablations.read_reach(file, study)
     assert reach.share(0.55) == pytest.approx((0.55 - 0.3) / 0.5)
-    write_ceiling(file, launched=6)
+    write_ceiling(file, model, launched=6)
     message = "ceiling.json: ceilings: found none, expected one at 4 of"
     with pytest.raises(ValueError, match=message):
-        ablations.read_reach(file, records, 4, 5, 2)
+        ablations.read_reach(file, study)
 
 
 def test_the_new_variants_as_typed(folder, tmp_path, monkeypatch, run):
     """All of them are trained, by two seeds, and not again; the ceiling stands in the table."""
-    write_ceiling(tmp_path / "ceiling.json")
+    write_ceiling(tmp_path / "ceiling.json", load(folder))
     argv = (
         "--model", folder, "--labels", folder / "labels.jsonl", "--stored", tmp_path,
         "--out", tmp_path / "out", "--prefix", 4, "--max-new-tokens", 12, "--n", 5, "--keep", 2,
@@ -237,7 +246,41 @@ def test_the_new_variants_as_typed(folder, tmp_path, monkeypatch, run):
             scores[content] = name
     assert len(scores) == 10  # no variant is another one
     (tmp_path / "ceiling.json").write_text("{}")
-    check_refusal(run(ablations, *argv), "ceilings: found none")
+    check_refusal(run(ablations, *argv), "ceiling.json: model: found None")
+
+
+BROKEN = {  # what is changed in a ceiling.json -> what the line says
+    "another model": ({"model": "0" * 16}, "model: found '0000000000000000', expected '"),
+    "a number": ({"ceilings": 5}, "ceilings: found 5, expected a list"),
+    "none": ({"ceilings": []}, r"ceilings: found \[\], expected a list"),
+    "no object": ({"ceilings": [[4, 5, 2, 0.7]]}, r"ceilings\[0\]: found \[4, 5, 2, 0.7\], expected"),
+    "a text": ({"checkpoint": "4"}, r"ceilings\[0\]: checkpoint: found '4', expected a positive"),
+    "a fraction": ({"kept": 2.0}, r"ceilings\[0\]: kept: found 2.0, expected a positive integer"),
+    "no count": ({"launched": None}, r"ceilings\[0\]: launched: found None, expected a positive"),
+    "beyond 1": ({"avg": 17.0}, r"ceilings\[0\]: avg: found 17.0, expected a share"),
+    "NaN": ({"avg": math.nan}, r"ceilings\[0\]: avg: found nan, expected a share"),
+    "no rows": ({"rows": None}, "rows: found None, expected a list"),
+    "random": ({"random": 0.2}, r"rows\[0\]: random: found 0.2, expected a mean"),
+    "random below 0": ({"random": [-1, 0, 1]}, r"rows\[0\]: random: found -1, expected a share")}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_ceiling_that_is_broken_is_refused_by_name(tmp_path, what):
+    changes, message = BROKEN[what]
+    file = tmp_path / "ceiling.json"
+    model = random_model("qwen2")
+    write_ceiling(file, model)
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        place = content
+        if key == "random":
+            place = content["rows"][0]
+        elif key not in content:
+            place = content["ceilings"][0]
+        place[key] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {message}"):
+        shared.read_ceilings(file, model)
 
 
 # One STOP for several checkpoints

@@ -31,6 +31,7 @@ from stop import Stop, launch_check_resume, retention, vote
 sys.path.insert(0, str(ROOT / "studies"))
 import budget
 import ceiling
+import shared
 import forest
 from forest import Plan
 
@@ -540,6 +541,9 @@ def test_the_choice_does_not_see_the_other_half(monkeypatch, capsys, folder, tmp
     (("--budgets", "1"), "budgets: found [1], expected one that a plan of at most n = 12 paths"),
     (("--seeds", "0,0"), "seeds: found '0,0', expected each seed once"),
     (("--checkpoints", "4,4"), "checkpoints: found '4,4', expected each checkpoint once"),
+    (("--seeds", "9" * 40), "seeds: found '999"),
+    (("--budgets", "1e400"), "budgets: found '1e400', expected positive numbers below"),
+    (("--checkpoints", "4," + "9" * 30), "checkpoints: found '4,999"),
     (("--ceiling", "none.json"), "none.json")))
 def test_what_the_study_cannot_do_is_said_at_once(
         monkeypatch, capsys, folder, tmp_path, words, complaint):
@@ -609,7 +613,7 @@ def test_the_ceiling_from_its_command_line(monkeypatch, capsys, folder, tmp_path
         {key: record[key] for key in ("checkpoint", "launched", "kept")}
         for record in content["ceilings"]]
     assert "| 4 |" in printed and "share 8" in printed
-    known = budget.ceilings(tmp_path / "out" / "ceiling.json")
+    known = shared.read_ceilings(tmp_path / "out" / "ceiling.json", load(folder)).reached
     assert budget.ceiling_of(plan_of(8, "4:2x4"), known) == known[4, 8, 2]
     assert budget.ceiling_of(plan_of(8, "4:4,8:2"), known) is None
 

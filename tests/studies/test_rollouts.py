@@ -1,13 +1,17 @@
 """studies/rollouts.py: what the estimates are on average, by enumeration of every outcome."""
+import io
 import itertools
 import json
+import os
+import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
     ROOT, call_script, close, random_model, random_prompt, random_stop, raw_config,
-    write_checkpoint, write_lines, write_tokenizer)
+    read_lines, write_checkpoint, write_lines, write_tokenizer)
 
 sys.path.insert(0, str(ROOT / "studies"))
 import rollouts
@@ -402,6 +406,60 @@ def test_the_script_as_it_is_typed(material, tmp_path, monkeypatch, capsys):
     again, _, err = call_script(monkeypatch, capsys, rollouts, *flags)
     assert again == 0, err
     assert (tmp_path / "rollouts.md").read_text() == report
+
+    (file,) = tmp_path.glob("gradients-*.npy")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
+    seal, _, array = whole.partition(b"\n")
+    gradients = np.load(io.BytesIO(array))
+    gradients[0, 0, 0] = np.nan
+    other = io.BytesIO()
+    np.save(other, gradients)
+    for damaged in (flipped, whole[:-4], array, seal + b"\n" + other.getvalue(), b""):
+        file.write_bytes(damaged)
+        status, out, err = call_script(monkeypatch, capsys, rollouts, *flags)
+        assert status == 2 and "gradients" not in out
+        assert err == (f"error: {file}: damaged, or another run's: remove it, and it is made "
+                       "again\n")
+
+
+def test_another_runs_gradients_are_refused(material, tmp_path):
+    """Under a name that is this run's."""
+    folder, model, tokenizer, stop, problems = material
+    prompt = tokenizer.ask(problems[0])
+    record = {"prompt_ids": prompt, "paths": [[5, 6, 7, 8]], "right": [True]}
+    for seed in (0, 1):
+        settings = settings_of(seed=seed)
+        rollouts.pool_of(model, stop, [record], [2], settings, tmp_path)
+    one, other = sorted(tmp_path.glob("gradients-*.npy"))
+    one.write_bytes(other.read_bytes())
+    refusals = 0
+    for seed in (0, 1):
+        try:
+            rollouts.pool_of(model, stop, [record], [2], settings_of(seed=seed), tmp_path)
+        except ValueError as error:
+            assert str(error).startswith(f"{one}: damaged, or another run's")
+            refusals += 1
+    assert refusals == 1
+
+
+def test_a_run_that_dies_is_one_line(material, tmp_path, monkeypatch):
+    """It names the form and its seed; what ended before is kept."""
+    folder, model, tokenizer, stop, _ = material
+    monkeypatch.setattr(rollouts, "train_run", die_as_kept_only)
+    settings = settings_of(model=str(folder), seeds=1, test_problems=2, train_tokens=60)
+    with pytest.raises(ValueError, match="^training: kept only, seed 0: its process was ended by"):
+        rollouts.study_training(model, stop, tokenizer, settings, tmp_path)
+    (file,) = tmp_path.glob("training-*.jsonl")
+    assert [record["form"] for record in read_lines(file)] == ["whole group"]
+
+
+def die_as_kept_only(name, is_refitted, seed, settings):
+    """What stands for a run of training."""
+    if name == "kept only":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"tokens": [1], "accuracy": [0.0], "brier": [0.0]}
 
 
 @pytest.mark.parametrize("flags, message", [

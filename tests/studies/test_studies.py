@@ -660,6 +660,30 @@ def test_the_table_of_variants(folder, variants, monkeypatch, run):
     assert outcome.last["m5"] == pytest.approx(m5.mean().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("text, kind, expected", (
+    ("3", int, [3]), ("512,1024", int, [512, 1024]), ("0.5,1,2e3,.25", float, [0.5, 1, 2000, 0.25]),
+    (str(2 ** 31 - 1), int, [2 ** 31 - 1])))
+def test_numbers_of_a_flag(text, kind, expected):
+    assert shared.numbers("prefixes", text, kind) == expected
+
+
+@pytest.mark.parametrize("kind", (int, float))
+@pytest.mark.parametrize("text", (
+    "", ",", "3,", "0", "-1", "3,1000000000000000000000000000000", "9" * 5000, "1e400", "nan",
+    "inf", " 3", "1_0", "٣", "3;4", "1.2.3", ".", "0x10"))
+def test_what_is_no_list_of_positive_numbers_is_refused(text, kind):
+    """Also what Python would read, and what no array of 64 bits could hold."""
+    with pytest.raises(ValueError, match="^prefixes: found '.*', expected positive numbers below"):
+        shared.numbers("prefixes", text, kind)
+
+
+def test_prefixes_that_cannot_be_are_refused_before_any_path_is_sampled(folder, run, monkeypatch):
+    monkeypatch.setattr(shared, "sample_paths", None)
+    for script in (scaling, guideline):
+        outcome = run(script, "--model", folder, "--prefixes", "3,1000000000000000000000000000000")
+        check_refusal(outcome, "prefixes: found '3,1000")
+
+
 @pytest.mark.parametrize("changed, message", (
     (("--seeds", "a"), "seeds:"),
     (("--only", "q3"), "only: found 'q3'"),
