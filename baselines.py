@@ -11,10 +11,9 @@ import operator
 
 import numpy as np
 import torch
-from huggingface_hub.utils import tqdm
 
-from plumbing import processes
 from plumbing.problems import instruction
+from plumbing.progress import progress
 
 JUDGE = "judge (II)"
 CONFIDENCES = (
@@ -34,12 +33,6 @@ CHAT = (
     "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
     "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n%s")
 AGGREGATES = {"last": operator.itemgetter(-1), "min": min, "mean": np.mean}
-
-
-def progress(total, unit, name):
-    """A progress bar: drawn by the first process only, and only on a terminal."""
-    disable = None if processes.is_first() else True
-    return tqdm(total=total, unit=unit, desc=name, disable=disable)
 
 
 def redundancy(records, prefix):
@@ -127,7 +120,7 @@ def hidden_states(model, rows, name, batch):
     Rows of similar length share a pass, padded on the right, where no token of theirs looks."""
     lengths = [len(row) for row in rows]
     order = np.argsort(lengths, kind="stable").tolist()
-    with progress(len(rows), "path", name) as bar:
+    with progress(name, len(rows), "path") as bar:
         for start in range(0, len(rows), batch):
             chosen = order[start:start + batch]
             tensors = [torch.tensor(rows[i]) for i in chosen]

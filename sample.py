@@ -16,9 +16,8 @@ import math
 
 import numpy as np
 import torch
-from huggingface_hub.utils import tqdm
 
-from plumbing import memory, processes
+from plumbing import memory
 from plumbing.cuda_graph import DecodeStep
 
 # splitmix64's constants, as the signed 64-bit numbers that torch can hold
@@ -276,8 +275,8 @@ class Batch:
     def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
                  on_end=None):
         """rows: at most so many at a time. capacity: positions of a row. limit: new tokens of a
-        path. bar: a tqdm that counts tokens, its total at first limit x paths. on_end(path) is
-        called as each path ends."""
+        path. bar: of plumbing.progress, counts tokens, its total at first limit x paths.
+        on_end(path) is called as each path ends."""
         self.model = model
         self.waiting = collections.deque(paths)
         self.limit = limit
@@ -303,7 +302,11 @@ class Batch:
 
     def decode(self, until):
         """Decode until each path has ended or holds `until` new tokens. Then only running ones are
-        live. (While paths wait, `until` is their limit: no other lets a row become free.)"""
+        live. ValueError while paths wait and `until` is less than their limit: no row would become
+        free for them."""
+        if self.waiting and until < self.limit:
+            raise ValueError(f"until: found {until}, expected the limit of {self.limit} while "
+                             f"{len(self.waiting)} paths wait for a row")
         while any(path.status == "running" and len(path.ids) < until for path in self.live):
             self.settle()
             tokens = self._draw()
@@ -539,8 +542,8 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
     """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
 
     eos_ids: end tokens (None: the model's own). batch: rows at a time (None: as many as fit the
-    free memory), which changes no token. bar: a tqdm that counts tokens. on_end(path) is called as
-    each path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
+    free memory), which changes no token. bar: of plumbing.progress, counts tokens. on_end(path) is
+    called as each path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: found {value}, expected at least 1")
@@ -552,12 +555,6 @@ def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40
 
     sample_all(model, prompts, n, max_new_tokens, sampling, take, eos_ids, batch, bar, on_end)
     return results
-
-
-def token_bar(name, total):
-    """A progress bar that counts tokens; on a terminal only, and of the first process only."""
-    silent = None if processes.is_first() else True  # None: if no terminal is there
-    return tqdm(total=total, unit="tok", unit_scale=True, desc=name, disable=silent)
 
 
 def sampling_of(settings):

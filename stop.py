@@ -72,7 +72,9 @@ class Stop(torch.nn.Module):
         return self.head(hidden[:, -1].float())
 
     def chance(self, logits):
-        """Head logits (B, 1 or 2) -> (B,) the chance that the path ends right."""
+        """Head logits (B, 1 or 2) -> (B,) the chance that the path ends right. ValueError on a
+        logit that is not finite: infinity, too, would give a chance in [0, 1]."""
+        require_finite(logits, "STOP's score")
         if self.head_kind == "sigmoid":
             return logits.sigmoid()[:, 0]
         return logits.softmax(-1)[:, 1]
@@ -101,7 +103,6 @@ class Stop(torch.nn.Module):
             scores[numbers] = self.chance(self(model, cache))
             if bar is not None:
                 bar.update(len(numbers))
-        require_finite(scores, "STOP's score")
         if bar is not None:
             bar.update(len(prefixes) - len(distinct))
         return scores[[places[tuple(prefix)] for prefix in prefixes]]
@@ -252,7 +253,6 @@ def score_live(model, stop, batch):
     if batch.live:
         batch.settle()
         scores = stop.chance(stop(model, batch.cache))
-        require_finite(scores, "STOP's score")
         prefixes = [tuple(path.ids) for path in batch.live]
         for path, score in zip(batch.live, of_first_equal(prefixes, scores.tolist())):
             path.score = score

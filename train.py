@@ -167,8 +167,8 @@ def validate(model, stop, prefixes):
         own = prefixes.own(range(len(prefixes.batches)))
         logits = [stop(model, prefixes[i][0]).cpu() for i in own]
     logits = torch.cat(processes.gather(logits))
+    require_finite(logits, "validation: STOP's score")
     scores = stop.chance(logits)
-    require_finite(scores, "validation: STOP's score")
     metrics = {"validation_loss": stop.loss(logits, prefixes.labels).item()}
     metrics |= discrimination(scores, prefixes.labels, prefixes.problems)
     checkpoints = sorted(set(prefixes.checkpoints) - {None})

@@ -10,6 +10,8 @@ from model import load
 from plumbing import processes
 from plumbing.answers import END_OF_TURN
 from plumbing.checkpoint import find_folder
+from plumbing.files import is_there
+from plumbing.records import read_json
 from plumbing.tokenizer import PROBE, Tokenizer
 
 
@@ -48,9 +50,41 @@ def peak_memory():
     """The most memory that was in use, in bytes: of the GPU if one was used, else of this
     process."""
     on_gpu = torch.cuda.max_memory_allocated()
-    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def stop_folder(settings):
     """The folder of the STOP that a script's settings name."""
     return pathlib.Path(settings.stop or find_folder(settings.model) / "stop")
+
+
+def say_other_sampling(settings, folder):
+    """Print a line for each file of a STOP's folder that was made of paths sampled in another way
+    than this run samples: what it says of this run's paths may not hold."""
+    for name, keys in (("stop.json", ("trained", "settings")), ("plan.json", ("chosen",))):
+        file = folder / name
+        found = recorded_sampling(file, keys)
+        now = {key: getattr(settings, key) for key in found}
+        if found != now and processes.is_first():
+            print(f"{file}: made at {in_words(found)}; this run samples at {in_words(now)}: what "
+                  "it says of these paths may not hold", flush=True)
+
+
+def recorded_sampling(file, keys):
+    """The sampling settings that a JSON file names below these keys; empty where it names none.
+    Who uses the file refuses one that is broken."""
+    try:
+        content = read_json(file) if is_there(file) else {}
+    except ValueError:
+        return {}
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return {}
+    return {key: content[key] for key in ("temperature", "top_k", "top_p") if key in content}
+
+
+def in_words(sampling):
+    """Sampling settings for a line."""
+    return ", ".join(f"{key} {value}" for key, value in sampling.items())

@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from commands.common import open_model
+from commands.common import open_model, say_other_sampling, stop_folder
 from engine.protocol import check
 from engine.protocol import run as run_protocol
 from engine.stored import stop_digest
@@ -65,13 +65,17 @@ def run(settings):
     folder = find_folder(settings.model)
     problems = read_problems(settings.data or folder / "test.jsonl")[:settings.problems]
     model, tokenizer = open_model(settings)
-    stop = Stop.load(settings.stop or folder / "stop", model)
+    stop = Stop.load(stop_folder(settings), model)
+    say_other_sampling(settings, stop_folder(settings))
     plan = None
     if settings.budget is not None:
-        plan = read_plan(settings.stop or folder / "stop", stop, settings.budget)
+        plan = read_plan(stop_folder(settings), stop, settings.budget)
     judge = settings.judge
     if judge is None and (folder / "judge").is_dir():
         judge = str(folder / "judge")
+    if judge is None and settings.judge_aggregate != Settings.judge_aggregate:
+        raise ValueError(f"judge_aggregate: found {settings.judge_aggregate!r}, expected none: "
+                         "there is no judge (--judge)")
     if judge is not None:
         judge = open_model(dataclasses.replace(settings, model=judge, chat_format=None))
     out = Path(settings.out)

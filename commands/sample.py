@@ -12,11 +12,10 @@ import dataclasses
 import json
 import time
 
-from huggingface_hub.utils import tqdm
-
 from commands.common import open_model, peak_memory
 from plumbing.command_line import Common, command_line, option, require_positive
-from sample import generate, room, sampling_of, token_bar
+from plumbing.progress import progress, say
+from sample import generate, room, sampling_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,10 +35,10 @@ def run(settings):
 
     def show(path):
         text = tokenizer.decode(path.ids)
-        tqdm.write(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{text}")
+        say(f"--- path {path.index} ({path.status}, {len(path.ids)} tokens)\n{text}")
 
     start = time.perf_counter()
-    with token_bar("paths", settings.n * limit) as bar:
+    with progress("paths", settings.n * limit, "tok") as bar:
         (paths,) = generate(
             model, [prompt_ids], settings.n, limit, **dataclasses.asdict(sampling),
             batch=settings.batch, bar=bar, on_end=show)

@@ -16,21 +16,21 @@ import json
 import time
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from commands import picture
-from commands.common import open_model, stop_folder
+from commands.common import open_model, say_other_sampling, stop_folder
 from engine.budget import by_guideline
 from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer
 from plumbing.budget_plan import check_stages, parse_cascade, plan_for, read_plans
 from plumbing.command_line import (
-    Common, command_line, option, require_choice, require_positive, shown)
+    Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
 from plumbing.files import require_target
 from plumbing.labels import read_prefixes
 from plumbing.problems import Problem
+from plumbing.progress import progress, say
 from plumbing.scores import score_file
-from sample import check_prompts, prefill, room, sampling_of, token_bar
+from sample import check_prompts, prefill, room, sampling_of
 from stop import Stop, launch_check_resume, like_lengths, retention, vote
 
 LAUNCHED = 64  # paths, where neither --n nor --budget says
@@ -44,7 +44,7 @@ ALTERNATIVES = {
 # Settings that say how a question is answered, and nothing of how prefixes are scored
 OF_A_PROMPT = (
     "n", "keep", "retention", "budget", "task_length", "prefix", "cascade", "branch", "decide",
-    "kind", "picture")
+    "kind", "picture", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat_format")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,7 +84,11 @@ class Settings(Common):
 
 def recipe(flags):
     """Scores are made in float32 unless --dtype says otherwise: they are what others check
-    against."""
+    against. ValueError on flags that have no effect beside others."""
+    if "score" in flags:
+        refuse_flags(flags, OF_A_PROMPT, "it shapes the paths of a --prompt, and no --score")
+    if "budget" not in flags:
+        refuse_flags(flags, ["task_length"], "it serves the guideline of a --budget alone")
     return ({"dtype": "float32"} if "score" in flags else {}), None
 
 
@@ -95,7 +99,7 @@ def check(settings):
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
     if settings.cascade is not None:
-        check_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED)
+        check_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED, source="cascade")
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
@@ -105,17 +109,13 @@ def check(settings):
                 raise ValueError(f"{other}: found beside --{name}, expected one of the two")
     if settings.picture is not None:
         picture.check_file(settings.picture)
-    if settings.score is not None:
-        for name in OF_A_PROMPT:
-            if getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(f"{name}: found beside --score, expected beside --prompt")
-        if settings.out is not None:
-            require_target(settings.out)
+    if settings.score is not None and settings.out is not None:
+        require_target(settings.out)
 
 
-def by_plan(settings, stop):
+def by_plan(settings, stop, limit):
     """The settings with the plan that STOP's plan.json has for --budget, or as they are without
-    one."""
+    one. limit: of a path, in new tokens."""
     folder = stop_folder(settings)
     plans = None
     if settings.budget is not None:
@@ -130,6 +130,8 @@ def by_plan(settings, stop):
             raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the "
                              f"plan in {folder} has its own")
     plan = plan_for(plans, settings.budget, folder)
+    place = f"{folder / 'plan.json'}: the plan for {plan.budget} tokens"
+    check_stages(plan.stages, plan.n, limit, place)
     print(f"plan for {plan.budget} tokens, the largest listed that {settings.budget} allows: "
           f"{plan}; about {plan.expected['tokens']:.0f} tokens")
     cascade = ",".join(map(str, plan.stages))
@@ -139,41 +141,64 @@ def by_plan(settings, stop):
 def paths_of(settings, prefix, limit):
     """(paths launched, paths resumed) of a run: --n and --keep or --retention, by default 64 and an
     eighth; or the guideline's for --budget."""
+    if settings.budget is not None:
+        return paths_for_budget(settings, prefix, limit)
     launched = settings.n or LAUNCHED
     if settings.keep is not None:
         return launched, settings.keep
     share = 1 / 8 if settings.retention is None else settings.retention
-    if settings.budget is not None:
-        task = min(8650, limit) if settings.task_length is None else settings.task_length
-        share = retention(settings.budget, prefix, task)
-        if settings.n is None:
-            launched, _ = by_guideline(settings.budget, prefix, task)
-        print(f"guideline: keep {share:.2g} of {launched} paths (1 / {1 / share:,.2f}), at least "
-              f"1; a usual response has {task} tokens")
     return launched, max(1, round(launched * share))
 
 
+def paths_for_budget(settings, prefix, limit):
+    """(paths launched, paths resumed) by the paper's guideline. ValueError where --n is more than
+    the budget pays for."""
+    task = min(8650, limit) if settings.task_length is None else settings.task_length
+    launched, kept = by_guideline(settings.budget, prefix, task)
+    share = retention(settings.budget, prefix, task)
+    rest = max(0, task - prefix)
+    if settings.n is not None:
+        launched = settings.n
+        left = settings.budget - launched * prefix - rest  # beside one path that is finished
+        if left < 0:
+            most = (settings.budget - rest) // prefix
+            raise ValueError(f"n: found {launched}, expected at most {most}, which the budget of "
+                             f"{settings.budget} tokens pays for")
+        kept = min(max(1, round(share * launched)), launched)
+        if rest > 0:
+            kept = min(kept, 1 + left // rest)
+    print(f"guideline: keep {share:.2g} of {launched} paths (1 / {1 / share:,.2f}), at least 1; a "
+          f"usual response has {task} tokens: {launched * prefix + kept * rest} in all")
+    return launched, kept
+
+
 def show_check(checkpoint, checked, kept):
-    """Print the scores of one check, the best first."""
-    names = {path.name for path in checked}
-    new_paths = [path for path in kept if path.name not in names]
+    """Print the scores of one check, the best first, by the names that the paths had until then:
+    where they branch, the check comes first."""
+    scored = set(map(id, checked))
+    new_paths = [path for path in kept if id(path) not in scored]
+    begun = {(path.index, path.branches[:-1]) for path in new_paths}  # which paths have branched
     stay = len(kept) - len(new_paths)
     branches = f", and {len(new_paths)} new branches" if new_paths else ""
-    tqdm.write(f"check at {checkpoint} tokens: {stay} of {len(checked)} paths stay{branches}")
+    say(f"check at {checkpoint} tokens: {stay} of {len(checked)} paths stay{branches}")
     for path in sorted(checked, key=lambda path: -path.score):
-        tqdm.write(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
+        if path.branches and (path.index, path.branches[:-1]) in begun:
+            path = dataclasses.replace(path, branches=path.branches[:-1])
+        say(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
 
 
 def answer_prompt(model, stop, tokenizer, settings):
     """Run one question through Launch, Check, Resume; print scores, answers and votes."""
-    settings = by_plan(settings, stop)
-    prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, ""))
+    options = {} if settings.kind == "choice" else None  # they stand in the prompt's own text
+    prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, "", options))
     limit = room(model, prompt_ids, stop.limit(settings.max_new_tokens))
+    settings = by_plan(settings, stop, limit)
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
     n, keep = paths_of(settings, prefix, limit)
     cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
+    require_below_limit(settings, cascade, prefix, limit)
 
     start = time.perf_counter()
     sampling = dataclasses.asdict(sampling_of(settings))
@@ -186,7 +211,7 @@ def answer_prompt(model, stop, tokenizer, settings):
         show_check(checkpoint, checked, kept)
         checks.append((checkpoint, len(kept)))
 
-    with token_bar("paths", n * limit) as bar:
+    with progress("paths", n * limit, "tok") as bar:
         paths = launch_check_resume(
             model, stop, prompt_ids, n, keep, prefix, cascade, limit, **sampling,
             branch=settings.branch or 1, answer_of=answer_of if settings.decide else None,
@@ -202,14 +227,14 @@ def answer_prompt(model, stop, tokenizer, settings):
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = n * sum(len(path.ids) for path in finished) / len(finished)
     saved = 1 - spent / unpruned
-    if settings.picture is not None:
+    majority = vote(answers, kind=settings.kind)
+    weighted = vote(answers, [path.score for path in finished], settings.kind)
+    print(f"answer by score: {weighted}; by majority: {majority}", flush=True)
+    if settings.picture is not None:  # behind the answers: a disk may be full by now
         run = picture.record(
             settings.prompt, paths, checks, tokenizer, answer_of, saved, settings.kind)
         picture.write(settings.picture, run)
         print(f"wrote {settings.picture}")
-    majority = vote(answers, kind=settings.kind)
-    weighted = vote(answers, [path.score for path in finished], settings.kind)
-    print(f"answer by score: {weighted}; by majority: {majority}")
     print(json.dumps({
         "weighted": weighted,
         "majority": majority,
@@ -219,6 +244,17 @@ def answer_prompt(model, stop, tokenizer, settings):
         "tokens": spent,
         "tokens_saved_estimate": round(saved, 4),
         "seconds": round(seconds, 3)}))
+
+
+def require_below_limit(settings, cascade, prefix, limit):
+    """Raise ValueError where a checkpoint is not below the limit of a path, naming what set it."""
+    if cascade is not None:
+        check_stages(cascade, settings.n or LAUNCHED, limit, "cascade")
+    elif settings.prefix is None and prefix >= limit:
+        raise ValueError(
+            f"prefix: found {prefix}, for which the STOP in {stop_folder(settings)} was trained, "
+            f"expected less than the {limit} new tokens that a path may have: give --prefix, or a "
+            "larger --max-new-tokens")
 
 
 @contextlib.contextmanager
@@ -273,6 +309,7 @@ def run(settings):
     if settings.score is not None:
         score_prefixes(model, stop, settings)
     else:
+        say_other_sampling(settings, stop_folder(settings))
         answer_prompt(model, stop, tokenizer, settings)
 
 

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import pathlib
 
-from commands.common import open_model
+from commands.common import open_model, say_other_sampling
 from engine.fit import fit
 from engine.forecast import make_plan
 from engine.protocol import run as run_protocol
@@ -26,7 +26,7 @@ from eval import summary
 from plumbing import processes
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import (
-    Common, command_line, option, require_choice, require_positive, shown)
+    Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
 from plumbing.files import is_there
 from plumbing.labels import read_prefixes
 from plumbing.problems import read_problems, read_sources, without_held_out
@@ -35,6 +35,7 @@ from sample import check_prompts, sampling_of
 from stop import parse_checkpoints
 from train import Example, require_several, split
 
+BESIDE_LABELS = ("data", "problems", "paths", "low", "high", "prefixes", "rollouts")  # of no use
 NO_PART_OF_A_RUN = ("batch", "device", "cache_gb", "out", "plan")  # settings that change no result
 
 
@@ -85,15 +86,28 @@ class Settings(Common):
 
 
 def recipe(flags):
-    """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, if it
-    is there."""
-    file = pathlib.Path(flags.get("model", Settings.model)) / "recipe.json"
+    """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, or
+    among a Hub id's files, if it is there. ValueError on flags that have no effect."""
+    folder = find_folder(flags.get("model", Settings.model))
+    file = folder / "recipe.json"
     content = read_json(file) if is_there(file) else {}
     if "model" in content:
         raise ValueError(f"{file}: model: found this setting, expected it as a flag alone")
+    refuse_idle(content | flags, flags, folder)
     if type(content.get("prefix")) is int:
         content["prefix"] = str(content["prefix"])
     return content, file
+
+
+def refuse_idle(values, flags, folder):
+    """Raise ValueError on a flag that would have no effect beside these values (flags and
+    recipe)."""
+    if values.get("labels") is not None:
+        refuse_flags(flags, BESIDE_LABELS, "it shapes labels, and --labels brings its own")
+    if values.get("targets") in ("", "none"):
+        refuse_flags(flags, ("rank", "alpha", "dropout"), "--targets none leaves no LoRA")
+    if values.get("test") is None and not is_there(folder / "test.jsonl"):
+        refuse_flags(flags, ("n", "keep"), "there are no held-out problems (--test)")
 
 
 def check(settings):
@@ -161,6 +175,19 @@ class Material:
     problems: list        # to make labels from; empty where labels are given
     examples: list | None  # the labels that are given
     tests: list           # held-out problems
+
+    def parts(self, settings):
+        """What it is made of, for people: {thing: where it came from, how much, its digest}."""
+        found = {
+            "training problems": (settings.data or "train.jsonl", self.problems),
+            "labels": (settings.labels, self.examples),
+            "held-out problems": (settings.test or "test.jsonl", self.tests)}
+        parts = {}
+        for thing, (source, records) in found.items():
+            if records:
+                content = [dataclasses.asdict(record) for record in records]
+                parts[thing] = f"{source}, {len(records)} records ({digest(content)})"
+        return parts
 
 
 def read_material(settings, model, tokenizer, folder):
@@ -231,8 +258,12 @@ def claim_run(settings, model, material, out):
     for name in NO_PART_OF_A_RUN:
         del known[name]
     content = dataclasses.asdict(material)
-    known |= {"content": digest(content), "weights": model_digest(model)}
-    claim(out / "settings.json", known)
+    weights = model_digest(model)
+    known |= {"content": digest(content), "weights": weights}
+    parts = {
+        "content": material.parts(settings),
+        "weights": {"model's weights": f"{settings.model} ({weights})"}}
+    claim(out / "settings.json", known, parts)
     return digest(known)
 
 
@@ -240,13 +271,15 @@ def run(settings):
     """The whole run, in its folder, which no other process may use meanwhile."""
     check(settings)
     model, tokenizer = open_model(settings)
+    folder = find_folder(settings.model)
+    say_other_sampling(settings, folder / "stop")
     out = pathlib.Path(settings.out or pathlib.Path("runs") / pathlib.Path(settings.model).name)
     if settings.plan:
-        run_in_folder(settings, model, tokenizer, find_folder(settings.model), out)
+        run_in_folder(settings, model, tokenizer, folder, out)
         return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if processes.is_first() else contextlib.nullcontext():
-        run_in_folder(settings, model, tokenizer, find_folder(settings.model), out)
+        run_in_folder(settings, model, tokenizer, folder, out)
 
 
 def main():

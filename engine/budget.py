@@ -5,24 +5,33 @@ import math
 
 import numpy as np
 
-from baselines import progress
 from eval import select
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer
+from plumbing.progress import progress
 from plumbing.statistics import interval
 from sample import sampling_of
 from stop import launch_check_resume, retention, vote
 
 
+def least_budget(prefix, task):
+    """The tokens of one path that is checked and finished: less pays for nothing."""
+    return max(prefix, task)
+
+
 def by_guideline(budget, prefix, task, most=math.inf):
     """(paths launched, paths kept) by the guideline for a budget, in tokens: as many paths as it
-    pays for, all up to the prefix and the kept ones up to a usual response; 2 to `most`."""
+    pays for, at most `most`, all up to the prefix and the kept ones up to a usual response.
+    ValueError on a budget that pays for none."""
+    if budget < least_budget(prefix, task):
+        raise ValueError(
+            f"budget: found {budget}, expected at least {least_budget(prefix, task)}: one path up "
+            f"to the checkpoint of {prefix} and to a usual response of {task} tokens")
     share = retention(budget, prefix, task)
     rest = max(0, task - prefix)
-    launched = min(int(budget / (prefix + share * rest)), most)
-    kept = max(1, round(share * launched))
-    paid_for = int((budget - kept * rest) / prefix)  # beside the rest of the kept ones
-    launched = max(2, min(launched, paid_for))
+    launched = max(1, min(int(budget / (prefix + share * rest)), most))
+    kept = min(max(1, round(share * launched)), int(budget // (prefix + rest)))
+    launched = min(launched, int((budget - kept * rest) // prefix))  # what the kept ones leave
     return launched, min(kept, launched)
 
 
@@ -33,7 +42,7 @@ def run_plan(model, tokenizer, stop, problems, records, plan, settings):
     finished = {}
     tokens = {}
     share = processes.mine(range(len(problems)))
-    with progress(len(share), "problem", "plan") as bar:
+    with progress("plan", len(share), "problem") as bar:
         for i in share:
             paths = launch_check_resume(
                 model, stop, records[i]["prompt_ids"], plan.n, cascade=list(plan.stages),
@@ -101,7 +110,7 @@ def verify_kept(model, stop, records, kept, settings):
     sampling = dataclasses.asdict(sampling_of(settings))
     share = processes.mine(list(zip(records, kept.tolist())))
     same = []
-    with progress(len(share), "problem", "verify") as bar:
+    with progress("verify", len(share), "problem") as bar:
         for record, chosen in share:
             paths = launch_check_resume(
                 model, stop, record["prompt_ids"], settings.n, settings.keep, settings.prefix,

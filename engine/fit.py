@@ -6,9 +6,9 @@ import io
 import math
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from plumbing import memory, processes
+from plumbing.progress import progress, say
 from plumbing.records import read_sealed, write_sealed
 from plumbing.stop_files import files_digest
 from stop import Stop
@@ -35,15 +35,13 @@ def fit(model, examples, settings, out, identity):
         print(f"{sum(p.numel() for p in stop.parameters()):,} trained parameters", flush=True)
 
     steps = math.ceil(len(training.batches) / settings.accumulation)  # an epoch
-    silent = None if processes.is_first() else True
-    with tqdm(total=settings.epochs * steps, initial=first * steps, unit="step", desc="fit",
-              disable=silent) as bar:
+    with progress("fit", settings.epochs * steps, "step", first * steps) as bar:
         for epoch in range(first, settings.epochs):
             row = train_epoch(model, stop, optimizer, training, settings, epoch, bar)
             row |= validate(model, stop, validation)
             if processes.is_first():
                 values = [f"{key} {value:.4g}" for key, value in row.items() if value is not None]
-                tqdm.write(f"epoch {epoch + 1}: {', '.join(values)}")
+                say(f"epoch {epoch + 1}: {', '.join(values)}")
                 if row["validation_loss"] < best:
                     best = row["validation_loss"]
                     trained = {

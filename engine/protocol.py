@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from baselines import (
-    AGGREGATES, JUDGE, confidence, judge_scores, progress, redundancy, token_set_cover)
+    AGGREGATES, JUDGE, confidence, judge_scores, redundancy, token_set_cover)
 from engine.budget import plan_row, report_same, verify_kept
 from engine.stored import sample_paths
 from eval import STOP, evaluate, table
 from plumbing import processes
 from plumbing.budget_plan import check_stages
+from plumbing.progress import progress
 from plumbing.records import write_atomic
 from plumbing.statistics import interval
 from sample import check_prompts, room, sampling_of
@@ -78,7 +79,7 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
     if verify and prefix >= limit:
         raise ValueError(f"prefix: found {prefix}, expected less than {limit} new tokens to verify")
     if plan is not None:
-        check_stages(plan.stages, plan.n, limit)
+        check_stages(plan.stages, plan.n, limit, f"plan.json: the plan for {plan.budget} tokens")
 
     records = sample_paths(
         model, tokenizer, problems, out, settings.n, limit, sampling_of(settings), settings.batch)
@@ -95,7 +96,7 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
         prefixes = []
         for record in records:
             prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
-        with progress(len(prefixes), "prefix", "check") as bar:
+        with progress("check", len(prefixes), "prefix") as bar:
             chances = stop.score(model, prefixes, batch=64, bar=bar)
         scores[STOP] = chances.double().cpu().numpy()
         return scores

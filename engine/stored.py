@@ -8,8 +8,9 @@ from engine.forecast import restate
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import fingerprint, weights_digest
+from plumbing.progress import progress
 from plumbing.records import Job, digest
-from sample import check_prompts, room, sample_all, sampling_of, token_bar
+from sample import check_prompts, room, sample_all, sampling_of
 from stop import parse_checkpoints
 from train import count_right, cut_prefixes, stratify
 
@@ -50,7 +51,7 @@ def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling
         ids = [path.ids for path in paths]
         job.add(todo[number], {"answers": answers, "right": right, "paths": ids})
 
-    with job, token_bar("paths", len(todo) * n * limit) as bar:
+    with job, progress("paths", len(todo) * n * limit, "tok") as bar:
         sample_all(model, [prompts[i] for i in todo], n, limit, sampling, store, None, batch, bar)
     return job.finish()
 
@@ -119,7 +120,7 @@ def roll_out(model, tokenizer, cuts, limit, settings, out):
                 add(chosen[place], count_right(tokenizer, cut, paths))
 
             length = limit - checkpoint
-            with token_bar(f"rollouts from {checkpoint}", len(prompts) * K * length) as bar:
+            with progress(f"rollouts from {checkpoint}", len(prompts) * K * length, "tok") as bar:
                 sample_all(
                     model, prompts, K, length, sampling, grade, batch=settings.batch, bar=bar)
     return job.finish()

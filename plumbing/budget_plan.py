@@ -49,14 +49,24 @@ def parse_cascade(text):
     return stages
 
 
-def check_stages(stages, n, max_new_tokens=math.inf):
-    """Raise ValueError unless checkpoints rise and no check keeps more paths than there are."""
+def check_stages(stages, n, max_new_tokens=math.inf, source=None):
+    """Raise ValueError unless checkpoints rise and no check keeps more paths than there are.
+    source: where they stand, if not in --prefix, --keep and --branch."""
+    try:
+        _check_stages(stages, n, max_new_tokens)
+    except ValueError as error:
+        raise ValueError(str(error) if source is None else f"{source}: {error}") from None
+
+
+def _check_stages(stages, n, max_new_tokens):
     earlier = 0
     had = n
     for stage in stages:
         if not earlier < stage.checkpoint < max_new_tokens:
-            raise ValueError(
-                f"prefix: found {stage.checkpoint}, expected {earlier + 1} to {max_new_tokens - 1}")
+            limit = "" if max_new_tokens == math.inf else (
+                f", less than the {max_new_tokens} new tokens that a path may have")
+            raise ValueError(f"prefix: found {stage.checkpoint}, expected {earlier + 1} to "
+                             f"{max_new_tokens - 1}{limit}")
         if not 1 <= stage.keep <= had:
             raise ValueError(f"keep: found {stage.keep}, expected 1 to {had}")
         if stage.branch < 1:

@@ -156,6 +156,13 @@ def require_positive(settings, *names):
             raise ValueError(f"{name}: found {shown(value)}, expected more than 0")
 
 
+def refuse_flags(flags, names, reason):
+    """Raise ValueError where one of these flags was given: it would have no effect."""
+    for name in names:
+        if name in flags:
+            raise ValueError(f"{name}: found {shown(flags[name])}, expected none: {reason}")
+
+
 def require_choice(settings, name, *choices):
     """Raise ValueError unless a setting is one of these."""
     value = getattr(settings, name)
@@ -190,7 +197,8 @@ def is_other_process(error):
 
 def command_line(settings, main, recipe=None, shares_work=False):
     """Run main(settings(...)). recipe(flags): (a dict of defaults that come before the
-    dataclass's, the file that they stand in). shares_work: whether several processes of torchrun
+    dataclass's, the file that they stand in); it raises ValueError on flags that have no effect
+    beside each other. shares_work: whether several processes of torchrun
     may run this script side by side. What a user can mend is one line on stderr: exit status 2 for
     a mistake (ValueError, OSError) or too little memory, 130 for an interruption."""
     for stream in (sys.stdout, sys.stderr):

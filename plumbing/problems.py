@@ -49,7 +49,8 @@ ASK_FOR_LETTER = (
 
 @dataclass
 class Problem:
-    """One question. `options`: letter -> text where the answer is a letter, else None."""
+    """One question. `options`: letter -> text where the answer is a letter (empty: they stand in
+    the question's own text), else None."""
 
     id: str
     problem: str
@@ -58,8 +59,9 @@ class Problem:
 
     @property
     def kind(self):
-        """Which of the kinds of plumbing.answers it is: "choice" with options, else "math"."""
-        return "choice" if self.options else "math"
+        """Which of the kinds of plumbing.answers it is: "choice" where the answer is a letter, else
+        "math"."""
+        return "math" if self.options is None else "choice"
 
 
 def instruction(problem):
@@ -67,7 +69,8 @@ def instruction(problem):
     if problem.kind == "math":
         return f"{problem.problem}\n\n{ASK_FOR_BOX}"
     options = "\n".join(f"{letter}. {text}" for letter, text in problem.options.items())
-    return f"{problem.problem}\n\n{options}\n\n{ASK_FOR_LETTER}"
+    parts = [problem.problem, options, ASK_FOR_LETTER]
+    return "\n\n".join(part for part in parts if part)
 
 
 def read_problems(path):

@@ -98,22 +98,44 @@ def digest(*parts):
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def claim(file, settings):
+def claim(file, settings, parts=None):
     """Write a run's settings (a dict) to `file`, or make sure that the file there holds the same.
-    ValueError naming the key where it holds a run with others."""
+    ValueError naming the key where it holds a run with others.
+
+    parts: for settings that are digests of several things what these are, {key: {thing: text}};
+    they are written beside the settings, so that the line can say which of them differs."""
     if is_there(file):
         found = read_json(file)
-        for key in sorted(found.keys() | settings.keys()):
-            if key not in found or key not in settings or found[key] != settings[key]:
-                shown = repr(found.get(key, "nothing"))[:60]
-                asked = repr(settings.get(key, "no such key"))[:60]
-                raise ValueError(
-                    f"{file}: {key}: found {shown}, expected {asked} as asked: take another --out")
+        known = found.pop("parts", None)
+        differing = [key for key in found.keys() | settings.keys()
+                     if key not in found or key not in settings or found[key] != settings[key]]
+        if differing:
+            plain_first = sorted(differing, key=lambda key: (key in (parts or {}), key))
+            _refuse_other_run(file, plain_first[0], found, settings, known, parts)
         settings = found
+    if parts is not None:
+        settings = settings | {"parts": parts}
     content = json.dumps(settings, indent=1) + "\n"
     if processes.is_first() and not (is_there(file) and read_bytes(file) == content.encode()):
         write_atomic(file, content)  # the same settings in another spacing are written anew
     processes.wait_for_all()
+
+
+def _refuse_other_run(file, key, found, settings, known_parts, parts):
+    """Raise the ValueError of `claim` about a key whose values differ."""
+    before = known_parts.get(key) if isinstance(known_parts, dict) else None
+    now = (parts or {}).get(key)
+    if isinstance(before, dict) and now is not None:
+        for thing in sorted(before.keys() | now.keys()):
+            was = str(before.get(thing, "none"))[:200]
+            asked = now.get(thing, "none")
+            if was != asked:
+                raise ValueError(
+                    f"{file}: another run's, the {thing} differ: found {was}, expected {asked} as "
+                    "asked: take another --out")
+    was = repr(found.get(key, "nothing"))[:60]
+    asked = repr(settings.get(key, "no such key"))[:60]
+    raise ValueError(f"{file}: {key}: found {was}, expected {asked} as asked: take another --out")
 
 
 def write_sealed(file, identity, content):

@@ -68,12 +68,13 @@ def _score_missing(job, prefixes, batches, check, chance, trace):
 def _score_batch(prefixes, numbers, check, chance):
     """Yield (number, {logits, score}, states) of the prefixes of one batch."""
     logits, states = check([prefixes[number].ids for number in numbers])
-    chances = chance(logits).tolist()
     for row, number in enumerate(numbers):
         if not torch.isfinite(logits[row]).all():
             raise ValueError(
                 f"line {prefixes[number].line}: score: found NaN or infinity, expected a finite "
                 "number")
+    chances = chance(logits).tolist()
+    for row, number in enumerate(numbers):
         yield number, {"logits": logits[row].tolist(), "score": chances[row]}, states[row]
 
 

@@ -34,8 +34,7 @@ path that the prefix was cut from also is. A variant is trained and validated on
 A step ends at a token with a blank line in it, or at the toy's <nl>.
 Test paths are cut at the first checkpoint of --prefix, and all variants but `every` are trained on
 the labels of that checkpoint (labels that name none count as such). What is finished is read from
-the out folder. Of train.py's flags those that shape labels (data, paths, rollouts, ...) have no
-effect here.
+the out folder. Train.py's flags that shape labels (data, paths, rollouts, ...) are refused.
 """
 import dataclasses
 import functools
@@ -62,7 +61,7 @@ from engine.stored import model_digest
 from eval import cell, evaluate
 from model import Decoder
 from plumbing.checkpoint import find_folder
-from plumbing.command_line import command_line, option, require_positive, shown
+from plumbing.command_line import command_line, option, refuse_flags, require_positive, shown
 from plumbing.problems import read_problems
 from plumbing.progress import progress
 from plumbing.records import (
@@ -760,6 +759,12 @@ def read_reach(file, study):
 # The study
 
 
+def recipe(flags):
+    """train.py's: the checkpoint's recipe.json. ValueError on flags that have no effect here."""
+    refuse_flags(flags, train_command.BESIDE_LABELS, "it shapes labels, which --labels brings here")
+    return train_command.recipe(flags)
+
+
 def read_names(text):
     """The variants in a flag's text, behind the default."""
     names = ["default"]
@@ -837,4 +842,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main, train_command.recipe)
+    command_line(Settings, main, recipe)

@@ -45,7 +45,7 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from commands.common import open_model, stop_folder
-from engine.budget import by_guideline
+from engine.budget import by_guideline, least_budget
 from engine.forecast import decoding_rate
 from engine.stored import stop_digest
 from eval import cell
@@ -311,10 +311,11 @@ def references(settings, budgets, prefix, usual):
         Choice(None, "paper's default", "STOP", Plan(settings.n, (Stage(prefix, settings.keep),)))]
     for budget, tokens in zip(budgets.asked, budgets.tokens):
         whole = without_pruning(tokens, usual, settings.n)
-        launched, kept = by_guideline(tokens, prefix, usual, settings.n)
-        guided = Plan(launched, (Stage(prefix, kept),))
         choices.append(Choice(budget, "no pruning", "STOP", whole))
-        choices.append(Choice(budget, "paper's guideline", "STOP", guided))
+        if tokens >= least_budget(prefix, usual):  # less pays for no path by the guideline
+            launched, kept = by_guideline(tokens, prefix, usual, settings.n)
+            guided = Plan(launched, (Stage(prefix, kept),))
+            choices.append(Choice(budget, "paper's guideline", "STOP", guided))
     return choices
 
 

@@ -27,7 +27,7 @@ from commands import train as train_command
 from commands.common import open_model
 from model import Decoder, load
 from plumbing.checkpoint import find_folder
-from plumbing.command_line import Common, command_line, option, require_choice
+from plumbing.command_line import Common, command_line, option, refuse_flags, require_choice
 from plumbing.progress import progress, say
 from plumbing.records import read_json, write_atomic
 from sample import require_finite
@@ -56,6 +56,13 @@ class Settings(Common):
     cosine: bool = option(True, "cosine decay to zero instead of a constant rate")
     clip: float = option(1.0, "largest gradient norm (0 = off)")
     validation: float = option(0.1, "share of the problems held out to choose the best epoch")
+
+
+def recipe(flags):
+    """No defaults of a file's. ValueError on flags that have no effect here."""
+    of_sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "batch", "chat_format")
+    refuse_flags(flags, of_sampling, "a judge is trained on labels, and nothing is sampled")
+    return {}, None
 
 
 def check(settings):
@@ -241,4 +248,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main)
+    command_line(Settings, main, recipe)

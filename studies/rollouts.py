@@ -60,12 +60,12 @@ from commands.common import open_model
 from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import find_folder
-from plumbing.command_line import command_line, option, require_positive
+from plumbing.command_line import command_line, option, refuse_flags, require_positive
+from plumbing.files import is_there
 from plumbing.problems import read_problems
 from plumbing.processes import side_by_side
 from plumbing.progress import progress
-from plumbing.records import (
-    Job, digest, locked, read_sealed, require_plain_file, write_atomic, write_sealed)
+from plumbing.records import Job, digest, locked, read_sealed, write_atomic, write_sealed
 from plumbing.statistics import Interval
 from sample import Batch, Path, generate, prefill, require_finite, sampling_of
 from shared import (
@@ -79,6 +79,9 @@ STEPS = (32, 1024)      # groups in a step, for the mean squared error of biased
 OTHER_SCORES = ("useless", "wrong")
 OTHER_SHARE = 0.6       # kept, where scores are compared
 REFITTED = ("kept only", "reweighted, scores", "scores as critic")
+OF_TRAINING = (  # flags that say how is trained, and nothing of the gradients
+    "train_data", "train_prefix", "train_share", "train_group", "step_tokens", "lr", "refit_lr",
+    "seeds", "evaluations", "test_problems", "test_paths", "jobs")
 NO_PART_OF_TRAINING = (  # settings that change no training run
     "out", "jobs", "batch", "device", "prefixes", "problems", "paths", "group", "rounds")
 
@@ -310,8 +313,7 @@ def pool_of(model, stop, records, checkpoints, settings, folder):
     identity = digest(
         model_digest(model), records, checkpoints, settings.temperature, settings.seed, SKETCH)
     file = folder / f"gradients-{identity[:12]}.npy"
-    require_plain_file(file)
-    if not file.is_file():
+    if not is_there(file):
         found = gradients_of(model, records, checkpoints, settings)
         require_finite(found, "gradients")
         content = io.BytesIO()
@@ -907,6 +909,13 @@ def flat_rows(rows):
     return flat
 
 
+def recipe(flags):
+    """No defaults of a file's. ValueError on flags that have no effect beside --train-tokens 0."""
+    if flags.get("train_tokens") == 0:
+        refuse_flags(flags, OF_TRAINING, "--train-tokens 0 trains nothing")
+    return {}, None
+
+
 def check(settings):
     """ValueError on settings that cannot be, before any work is done."""
     require_positive(settings, "problems", "paths", "group", "rounds", "least", "max_new_tokens",
@@ -993,4 +1002,4 @@ def run(model, stop, tokenizer, records, checkpoints, settings, out):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main)
+    command_line(Settings, main, recipe)

@@ -7,7 +7,6 @@ import collections
 import csv
 import dataclasses
 import io
-import math
 import re
 from pathlib import Path
 from typing import NamedTuple

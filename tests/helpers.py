@@ -266,7 +266,7 @@ def call_script(monkeypatch, capsys, script, *words):
         if name != script.__name__:
             script.main()
         else:
-            command_line(script.Settings, script.main)
+            command_line(script.Settings, script.main, getattr(script, "recipe", None))
     except SystemExit as error:
         status = error.code
     printed = capsys.readouterr()

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from model import Decoder, load
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import Config
-from plumbing.command_line import command_line, option, require_positive
+from plumbing.command_line import command_line, option, refuse_flags, require_positive
 from plumbing.progress import progress
 from sample import generate, require_finite
 
@@ -62,6 +62,18 @@ class Settings:
 
 
 CONTEXT = 512  # tokens: prompt and path together
+
+
+OF_THE_MODEL = (  # flags that have no part in --more
+    "easy_tokens", "easy_lr", "real_tokens", "real_lr", "batch_tokens", "warmup", "weight_decay",
+    "clip", "measure")
+
+
+def recipe(flags):
+    """No defaults of a file's. ValueError on flags that have no effect beside --more."""
+    if flags.get("more", 0) > 0:
+        refuse_flags(flags, OF_THE_MODEL, "--more writes problems, and trains no model")
+    return {}, None
 
 
 def check(settings):
@@ -648,4 +660,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    command_line(Settings, main)
+    command_line(Settings, main, recipe)

@@ -15,6 +15,7 @@ import pytest
 from helpers import ROOT, run_script, start_script
 from hostile import attempt
 
+from engine import protocol
 from plumbing.command_line import KEPT, NOTHING_KEPT
 from plumbing.records import locked
 
@@ -77,7 +78,7 @@ def test_what_an_earlier_run_has_finished_is_kept(world, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     assert hostile.run("eval", world, "--out", str(tmp_path))[0] == 0
-    monkeypatch.setattr(hostile.SCRIPTS["eval"], "evaluate", interrupted)
+    monkeypatch.setattr(protocol, "evaluate", interrupted)
     status, _, err = hostile.run("eval", world, "--out", str(tmp_path))
     assert (status, err) == (130, f"interrupted; {KEPT}\n")
 

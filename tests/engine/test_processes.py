@@ -13,8 +13,8 @@ import torch
 import torch.distributed as distributed
 from helpers import ROOT, call_script, run_script, start_script
 
-import eval as evaluation
 import plumbing
+from commands import eval as evaluation
 from plumbing import processes
 
 # What each of three processes does, in a file that torchrun starts. Each writes what it saw.
@@ -333,7 +333,7 @@ def test_a_worker_that_dies_is_one_line_that_says_which_and_how(number, message)
 
 PARENT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {here!r}]
 from plumbing import processes
 from test_processes import name_of, square
 if __name__ == "__main__":
@@ -343,7 +343,8 @@ if __name__ == "__main__":
 
 def test_a_parent_that_dies_leaves_no_orphans(tmp_path):
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    script.write_text(PARENT.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), here=os.path.dirname(__file__)))
     running = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.PIPE)
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]

@@ -253,7 +253,7 @@ BROKEN = {  # what is changed in a ceiling.json -> what the line says
     "another model": ({"model": "0" * 16}, "model: found '0000000000000000', expected '"),
     "a number": ({"ceilings": 5}, "ceilings: found 5, expected a list"),
     "none": ({"ceilings": []}, r"ceilings: found \[\], expected a list"),
-    "no object": ({"ceilings": [[4, 5, 2, 0.7]]}, r"ceilings\[0\]: found \[4, 5, 2, 0.7\], expected"),
+    "no object": ({"ceilings": [[4, 5]]}, r"ceilings\[0\]: found \[4, 5\], expected a JSON object"),
     "a text": ({"checkpoint": "4"}, r"ceilings\[0\]: checkpoint: found '4', expected a positive"),
     "a fraction": ({"kept": 2.0}, r"ceilings\[0\]: kept: found 2.0, expected a positive integer"),
     "no count": ({"launched": None}, r"ceilings\[0\]: launched: found None, expected a positive"),

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import random
 import shutil
 import sys
 
@@ -339,11 +340,28 @@ def test_the_guideline_spends_the_budget():
     assert launched * 2048 + kept * (8650 - 2048) == pytest.approx(158 * 1024, rel=0.03)
     assert kept / launched == pytest.approx(share, abs=0.5 / launched)
     assert by_guideline(158 * 1024, 2048, 8650, 10) == (10, 1)
-    assert by_guideline(300, 2048, 8650) == (2, 1)  # it pays for none
-    for tokens in range(9000, 500_000, 7919):
-        launched, kept = by_guideline(tokens, 2048, 8650)
-        if launched > 2:
-            assert launched * 2048 + kept * (8650 - 2048) <= tokens
+    for tokens in (10, 300, 5000, 8649):
+        with pytest.raises(ValueError, match=f"budget: found {tokens}, expected at least 8650: one"):
+            by_guideline(tokens, 2048, 8650)
+    assert by_guideline(8650, 2048, 8650) == (1, 1)
+
+
+def test_what_the_guideline_launches_never_costs_more_than_the_budget():
+    """Over many budgets, checkpoints, usual lengths and largest numbers; and what it leaves would
+    not pay for one path more."""
+    generator = random.Random(0)
+    for _ in range(20_000):
+        prefix = generator.randint(1, 10 ** generator.randint(1, 5))
+        task = generator.randint(1, 10 ** generator.randint(1, 5))
+        tokens = generator.randint(1, 10 ** generator.randint(1, 9))
+        most = generator.choice((math.inf, generator.randint(1, 100)))
+        if tokens < max(prefix, task):
+            with pytest.raises(ValueError, match="^budget: found"):
+                by_guideline(tokens, prefix, task, most)
+            continue
+        launched, kept = by_guideline(tokens, prefix, task, most)
+        assert 1 <= kept <= launched <= most
+        assert launched * prefix + kept * max(0, task - prefix) <= tokens
     assert budget.without_pruning(1000, 120, 64) == Plan(8, ())
 
 

@@ -465,6 +465,7 @@ def die_as_kept_only(name, is_refitted, seed, settings):
 @pytest.mark.parametrize("flags, message", [
     (["--paths", "24"], "paths: found 24, expected a multiple of twice the group of 16"),
     (["--top-k", "40"], "expected the whole distribution"),
+    (["--train-tokens", "0", "--seeds", "2"], "seeds: found 2, expected none: --train-tokens 0"),
     (["--least", "0.3"], "least: found 0.3, expected below 0.25"),
     (["--train-share", "1"], "train_share: found 1.0, expected a share between")])
 def test_settings_that_cannot_be_are_refused(flags, message, monkeypatch, capsys):
