@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 
 import torch
@@ -24,6 +25,7 @@ from plumbing import kept, processes
 
 KEPT = "finished records are kept: the same command takes them up"
 NOTHING_KEPT = "nothing was kept: the same command begins again"
+FIRST_SPEAKS = 30.0  # seconds that the other processes leave to the first, to say a mistake
 EXPECTED = {
     int: "an integer of at most 32 bits",
     float: "a finite number of at most 64 bits",
@@ -68,9 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints are one line, without the usage in front."""
 
     def error(self, message):
-        if processes.is_first():
-            print(f"error: {one_line(message)} (see --help)", file=sys.stderr)
-        sys.exit(2)
+        stop_with(2, f"error: {one_line(message)} (see --help)")
 
 
 def parse(settings, argv=None):
@@ -257,12 +257,21 @@ def what_is_kept():
     return KEPT if kept.is_some() else NOTHING_KEPT
 
 
+def leave_the_word_to_the_first():
+    """Before torchrun's processes have joined, a mistake is the same in all of them, and the first
+    says it: torchrun ends the others as soon as it ends. One that ended earlier would end the first
+    before it has spoken. If the first does not fail, this process goes on to say it."""
+    if not processes.is_first():
+        time.sleep(FIRST_SPEAKS)
+
+
 def stop_with(status, line):
     """End the program with one line on stderr, or none. Of what stdout still holds, what cannot be
     written is dropped."""
+    if status == 2 and processes.count() == 1:
+        leave_the_word_to_the_first()
     with contextlib.suppress(OSError):
-        alike = status == 130 or processes.count() == 1  # on every process, if there are several
-        if line and (processes.is_first() or not alike):
+        if line and (processes.is_first() or status == 2):
             print(line, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
