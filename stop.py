@@ -297,6 +297,13 @@ def vote(answers, weights=None, kind="math"):
     return max(votes, key=votes.get) if votes else None
 
 
+def decide(answers, scores=None, kind="math"):
+    """The answer of some paths: the vote weighted by their scores, or the majority's where a path
+    has none. Terminal, page and studies all ask here."""
+    weighted = scores is not None and None not in scores
+    return vote(answers, scores if weighted else None, kind)
+
+
 def stop_when_decided(batch, paths, answer_of, kind):
     """A function for batch.on_end that ends all paths as soon as neither vote of `paths`, by
     majority or by score, can change any more."""

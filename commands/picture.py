@@ -2,24 +2,28 @@
 
     python stop.py --prompt "..." --picture run.html
 
-A bar is a path along its new tokens, the darker the higher its score. A vertical line is a check:
-pruned paths end there. A path that branched off another starts in a fork of that one's bar. On the
-page, pointing at a bar shows the path's text, a click or an arrow key keeps it.
+A bar is a path along its new tokens, the stronger its colour the higher its score, on a scale from
+0 to 1. A vertical line is a check: pruned paths end there, in a stub. A path that branched off
+another starts in a fork of that one's bar. Beside it the same question may stand without pruning:
+every path whole, all of them voting. On the page, pointing at a bar shows the path's text, a click
+or an arrow key keeps it.
 
 Texts of models are data here: they are escaped, characters that would hide or reorder text are
 spelled out, and the page's policy lets no script run but its own.
 """
 import base64
+import collections
 import dataclasses
 import hashlib
 import html
 import unicodedata
 from pathlib import Path
 
-from plumbing.answers import same_answer
+from plumbing.answers import same_answer, same_vote
 from plumbing.command_line import shown
 from plumbing.files import require_target
 from plumbing.records import write_atomic
+from stop import decide
 
 SHADES = 10  # classes of scores
 LIGHT = {
@@ -40,7 +44,7 @@ class Bar:
     parent: str | None    # name of the path that it branched off
     start: int            # tokens that it inherited from that one
     end: int              # tokens that it holds
-    score: float
+    score: float | None   # None: it was never checked
     status: str           # of sample.Path
     text: str
     cuts: list            # of Cut
@@ -62,10 +66,37 @@ class Cut:
 
 
 @dataclasses.dataclass
+class Check:
+    """What happened at a checkpoint."""
+    checkpoint: int  # in new tokens
+    stayed: int      # paths that were kept
+    went_on: int     # these and their new branches
+
+    @property
+    def text(self):
+        """8 go on; or, where they branch, 5 go on as 20."""
+        branched = f" as {self.went_on}" if self.went_on > self.stayed else ""
+        return f"{self.stayed} go on{branched}"
+
+
+def check_of(checkpoint, checked, kept):
+    """The Check at which so many Paths were scored, of which `kept`, new branches included, went
+    on."""
+    new = [path for path in kept if path.inherited == checkpoint]
+    return Check(checkpoint, len(kept) - len(new), len(kept))
+
+
+@dataclasses.dataclass
 class Vote:
     """An answer, and the bars that gave it."""
     answer: str
     bars: list
+
+    @property
+    def weight(self):
+        """The sum of their scores; None where there are none."""
+        scores = [bar.score for bar in self.bars]
+        return None if None in scores else sum(scores)
 
 
 @dataclasses.dataclass
@@ -73,11 +104,11 @@ class Run:
     """All that is drawn."""
     question: str
     bars: list         # of Bar, in the order in which they are drawn, from the top
-    checks: list       # of (checkpoint in new tokens, how many paths went on)
+    checks: list       # of Check; none: nothing was pruned
     votes: list        # of Vote, the winner first
     launched: int
     tokens: int        # decoded
-    saved: float       # share of the tokens that the run without a check would have taken
+    saved: str         # in words, and against what; "" where nothing is said of it
 
     @property
     def longest(self):
@@ -85,13 +116,14 @@ class Run:
         return max(bar.end for bar in self.bars)
 
 
-def record(question, paths, checks, tokenizer, answer_of, saved, kind="math", expected=None,
+def record(question, paths, checks, tokenizer, answer_of, saved="", kind="math", expected=None,
            wrong_part=None):
-    """The Run of sample.Paths that went through stop.launch_check_resume.
+    """The Run of sample.Paths: of stop.launch_check_resume, with its Checks, or of sample.generate,
+    with none.
 
-    checks: (checkpoint, paths that went on) of each check. answer_of(path): its answer or None.
-    saved: the share of tokens saved. expected: the right answer where it is known.
-    wrong_part(text): where a path's text goes wrong, (first, behind the last) character, or None.
+    answer_of(path): its answer or None. saved: in words, how much was saved, against what.
+    expected: the right answer where it is known. wrong_part(text): where a path's text goes wrong,
+    (first, behind the last) character, or None.
     """
     names = {identity(path.index, path.branches): path.name for path in paths}
     bars = {}  # in the order of the paths: by name
@@ -116,12 +148,19 @@ def record(question, paths, checks, tokenizer, answer_of, saved, kind="math", ex
             wrong=wrong_part(text) if wrong_part else None)
     return Run(
         question=question,
-        bars=[bars[path.name] for path in in_families(paths)],
+        bars=[bars[path.name] for path in in_families(paths)] if checks else by_answer(bars),
         checks=list(checks),
-        votes=tally(bars.values(), kind),
+        votes=tally(list(bars.values()), kind),
         launched=sum(path.inherited == 0 for path in paths),
         tokens=sum(len(path.ids) - path.inherited for path in paths),
         saved=saved)
+
+
+def saved_against(n, tokens, kept):
+    """In words: what a run of so many tokens saved against n paths as long as the kept ones (Paths)
+    are on average."""
+    whole = n * sum(len(path.ids) for path in kept) / len(kept)
+    return f"about {1 - tokens / whole:.0%} less than {counted(n, 'path')} as long as the kept ones"
 
 
 def identity(index, branches):
@@ -158,9 +197,20 @@ def in_families(paths):
     return ordered
 
 
+def by_answer(bars):
+    """The bars {name: Bar} of a run without a check: those of one answer together, the most first;
+    paths without an answer last."""
+    groups = collections.Counter(bar.answer for bar in bars.values())
+
+    def order(bar):
+        return bar.answer is None, -groups[bar.answer], bar.answer or "", int(bar.name)
+
+    return sorted(bars.values(), key=order)
+
+
 def text_with_cuts(path, checks, tokenizer):
     """A path's text, and the Cuts where checks stand in it."""
-    labels = {checkpoint: f"check at {checkpoint}" for checkpoint, _ in checks}
+    labels = {check.checkpoint: f"check at {check.checkpoint}" for check in checks}
     text_of = tokenizer.stream()
     text = ""
     cuts = []
@@ -177,19 +227,27 @@ def text_with_cuts(path, checks, tokenizer):
 
 
 def tally(bars, kind):
-    """The Votes of bars in the order of their paths, as stop.vote counts them: by number, and of
-    equals the first."""
+    """The Votes of bars in the order of their paths, the winner first, as `stop.decide` finds it;
+    then by weight, or by number where there are no scores."""
+    voters = [bar for bar in bars if bar.answer is not None]
+    if not voters:
+        return []
+    scores = [bar.score for bar in voters]
+    winner = decide([bar.answer for bar in voters], scores, kind)
     votes = []
-    for bar in bars:
-        if bar.answer is None:
-            continue
+    for bar in voters:
         for vote in votes:
-            if same_answer(bar.answer, vote.answer, kind):
+            if same_vote(bar.answer, vote.answer, kind):
                 vote.bars.append(bar)
                 break
         else:
             votes.append(Vote(bar.answer, [bar]))
-    return sorted(votes, key=lambda vote: -len(vote.bars))
+
+    def order(vote):
+        amount = len(vote.bars) if vote.weight is None else vote.weight
+        return vote.answer != winner, -amount
+
+    return sorted(votes, key=order)
 
 
 # --------------------------------------------------------------------------------------- characters
@@ -246,22 +304,17 @@ def colours(scheme):
 def palette():
     """CSS that sets the colours, light or dark as the reader's system has it."""
     shades = " ".join(f".s{shade}{{fill:var(--shade-{shade})}}" for shade in range(SHADES))
+    shades += " .right{fill:var(--high)} .wrong{fill:var(--bad)} .unknown{fill:var(--quiet)}"
     return (f":root{{color-scheme:light dark;{colours(LIGHT)}}}\n"
             f"@media (prefers-color-scheme:dark){{:root{{{colours(DARK)}}}}}\n{shades}")
 
 
-def score_range(run):
-    """(lowest, highest) score of a run: the two ends of its colours."""
-    scores = [bar.score for bar in run.bars]
-    return min(scores), max(scores)
-
-
-def shade_of(run, score):
-    """Which class of shades a score has."""
-    low, high = score_range(run)
-    if high == low:
-        return SHADES - 1
-    return min(SHADES - 1, int((score - low) / (high - low) * SHADES))
+def shade_of(bar):
+    """The class of a bar's colour: of its score, on a scale from 0 to 1; without one, of whether
+    its answer is right."""
+    if bar.score is None:
+        return {True: "right", False: "wrong", None: "unknown"}[bar.right]
+    return f"s{min(SHADES - 1, int(bar.score * SHADES))}"
 
 
 # -------------------------------------------------------------------------------------- the drawing
@@ -277,6 +330,7 @@ svg.run{{font:12px {FONT};display:block;max-width:100%;height:auto}}
 .run .fork{{stroke:var(--quiet);fill:none}} .run .card{{fill:var(--paper)}}
 .run .halo{{stroke:var(--paper);stroke-width:5;paint-order:stroke}}
 .run .good{{fill:var(--high)}} .run .bad{{fill:var(--bad)}} .run .hit{{fill:transparent}}
+.run .pruned{{opacity:.55}} .run .stub{{stroke:var(--quiet);stroke-width:1.5}}
 """
 
 MARKS = {True: " ✓", False: " ✗", None: ""}      # behind what is right, wrong, or not known
@@ -316,15 +370,19 @@ class Frame:
     LEFT = 84   # room for names and scores
     RIGHT = 96  # room for answers behind the ends of bars
     TOP = 52    # room for the checks' labels
-    KEPT = 20   # height of a kept path's row
+    KEPT = 20   # height of a kept path's row, where there is room for all of them
     GAP = 12    # between families with a kept path and the others
     VOTE = 22   # height of an answer's row
 
-    def __init__(self, run, width):
+    def __init__(self, run, width, longest=None, number=0):
+        """longest: tokens to have room for, where runs are compared. number: of the first bar."""
         self.run = run
         self.width = width
-        self.scale = (width - self.LEFT - self.RIGHT) / run.longest
+        self.number = number
+        self.longest = longest or run.longest
+        self.scale = (width - self.LEFT - self.RIGHT) / self.longest
         self.pruned = sum(bar.status == "pruned" for bar in run.bars)
+        self.kept_height = min(self.KEPT, max(3.0, 480 / max(1, len(run.bars) - self.pruned)))
         self.rows = {}            # name -> (top, height)
         self.first_pruned = None  # top of the first family without a kept path
         self.bottom = self._place_rows()
@@ -341,7 +399,7 @@ class Frame:
             if self.first_pruned is None and family(bar) not in kept_families:
                 top += self.GAP
                 self.first_pruned = top
-            height = pruned_height if bar.status == "pruned" else self.KEPT
+            height = pruned_height if bar.status == "pruned" else self.kept_height
             self.rows[bar.name] = (top, height)
             top += height
         return top
@@ -371,24 +429,24 @@ def tick_step(longest, count):
         power *= 10
 
 
-def drawing(run, width):
-    """The picture as an <svg> of so many pixels, without a style of its own."""
-    frame = Frame(run, width)
-    return wrapped(frame, draw(frame))
+def drawing(run, width, number=0):
+    """The picture as an <svg> of so many pixels, without a style of its own. number: of the first
+    bar, where a page shows several runs."""
+    frame = Frame(run, width, number=number)
+    return wrapped(draw(frame), summary(run), width, frame.height)
 
 
-def wrapped(frame, parts):
+def wrapped(parts, label, width, height):
     """Parts of a drawing in their <svg>."""
     return tag(
         "svg", "\n".join(parts), xmlns="http://www.w3.org/2000/svg", class_="run", role="group",
-        aria_label=summary(frame.run), viewBox=f"0 0 {frame.width} {frame.height:.0f}",
-        width=frame.width, height=f"{frame.height:.0f}")
+        aria_label=label, viewBox=f"0 0 {width} {height:.0f}", width=width, height=f"{height:.0f}")
 
 
 def draw(frame):
     """All parts of the picture."""
     parts = draw_axis(frame) + draw_legend(frame)
-    for number, bar in enumerate(frame.run.bars):
+    for number, bar in enumerate(frame.run.bars, frame.number):
         if bar.parent is not None:
             parts.append(draw_fork(frame, bar))
         parts.append(draw_path(frame, bar, number))
@@ -397,7 +455,7 @@ def draw(frame):
 
 def draw_axis(frame):
     """Grid lines and numbers of tokens."""
-    longest = frame.run.longest
+    longest = frame.longest
     step = tick_step(longest, max(2, (frame.width - 180) // 80))
     y = frame.bottom + 18
     parts = []
@@ -410,13 +468,14 @@ def draw_axis(frame):
 
 
 def draw_legend(frame):
-    """The shades, with the scores at their ends."""
-    low, high = score_range(frame.run)
-    x = frame.width - 170
-    parts = [words(x - 6, 17, f"score {low:.2f}", "quiet small end number")]
+    """The shades of scores from 0 to 1."""
+    if not frame.run.checks:
+        return []
+    x = frame.width - 150
+    parts = [words(x - 6, 17, "score 0", "quiet small end number")]
     for shade in range(SHADES):
         parts.append(box(x + 12 * shade, 8, 12, 10, f"s{shade}"))
-    parts.append(words(x + 12 * SHADES + 6, 17, f"{high:.2f}", "quiet small number"))
+    parts.append(words(x + 12 * SHADES + 6, 17, "1", "quiet small number"))
     return parts
 
 
@@ -433,11 +492,14 @@ def draw_path(frame, bar, number):
         label = "small end number" if kept else "small end number quiet"
         strong = label + " strong" if kept else label
         parts.append(words(40, middle + 4, bar.name, label))
-        parts.append(words(frame.LEFT - 10, middle + 4, f"{bar.score:.2f}", strong))
-    shade = shade_of(frame.run, bar.score)
+        if bar.score is not None:
+            parts.append(words(frame.LEFT - 10, middle + 4, f"{bar.score:.2f}", strong))
     radius = min(3, thick / 2)
-    parts.append(box(start, middle - thick / 2, length, thick, f"bar s{shade}", radius))
-    if kept:
+    classes = f"bar {shade_of(bar)}" if kept else f"bar {shade_of(bar)} pruned"
+    parts.append(box(start, middle - thick / 2, length, thick, classes, radius))
+    if not kept:
+        parts.append(upright(start + length, top + 0.5, top + height - 0.5, "stub"))
+    elif height >= 12:
         parts.append(draw_answer(frame, bar, start + length + 8, middle + 4))
     return tag("g", "".join(parts), class_="path", data_path=number, role="button", tabindex="-1",
                aria_label=described(bar))
@@ -467,11 +529,12 @@ def draw_checks(frame):
     """A line a check, with how many went on."""
     run = frame.run
     parts = []
-    for number, (checkpoint, went_on) in enumerate(run.checks):
-        x = frame.x(checkpoint)
+    for number, check in enumerate(run.checks):
+        x = frame.x(check.checkpoint)
         y = frame.TOP - 11 - 14 * (number % 2)  # neighbours do not write over each other
         parts.append(upright(x, y + 2, frame.bottom + 4, "check"))
-        parts.append(words(x + 6, y, f"check at {checkpoint:,}: {went_on} go on", "small strong"))
+        label = f"check at {check.checkpoint:,}: {check.text}"
+        parts.append(words(x + 6, y, label, "small strong"))
     if len(run.checks) == 1 and frame.first_pruned is not None:
         parts += draw_savings(frame)
     return parts
@@ -483,11 +546,10 @@ def draw_savings(frame):
     space = frame.bottom - frame.first_pruned
     if space < 44:
         return []
-    x = frame.x(run.checks[0][0]) + 18
+    x = frame.x(run.checks[0].checkpoint) + 18
     y = frame.first_pruned + space / 2
-    saved = f"{run.tokens:,} tokens; about {run.saved:.0%} saved"
     return [words(x, y - 4, f"{counted(frame.pruned, 'path')} pruned", "quiet halo"),
-            words(x, y + 13, saved, "quiet small number halo")]
+            words(x, y + 13, spent(run), "quiet small number halo")]
 
 
 def draw_votes(frame):
@@ -509,12 +571,12 @@ def draw_vote(frame, vote, y, strong):
     step = min(15.0, room / len(vote.bars))
     answer = shortened(vote.answer, 10)
     parts = [words(frame.LEFT - 10, y, answer, "end" + strong + TONES[right])]
-    scores = sorted((bar.score for bar in vote.bars), reverse=True)
-    for i, score in enumerate(scores):
-        shade = shade_of(frame.run, score)
-        parts.append(box(frame.LEFT + i * step, y - 10, step * 0.8, 12, f"s{shade}", 2))
-    total = f"{counted(len(scores), 'vote')}, weight {sum(scores):.2f}{MARKS[right]}"
-    x = frame.LEFT + len(scores) * step + 6
+    bars = sorted(vote.bars, key=lambda bar: -(bar.score or 0))
+    for i, bar in enumerate(bars):
+        parts.append(box(frame.LEFT + i * step, y - 10, step * 0.8, 12, shade_of(bar), 2))
+    weight = "" if vote.weight is None else f", weight {vote.weight:.2f}"
+    total = f"{counted(len(bars), 'vote')}{weight}{MARKS[right]}"
+    x = frame.LEFT + len(bars) * step + 6
     return [*parts, words(x, y, total, "quiet small number" + strong)]
 
 
@@ -523,12 +585,18 @@ def counted(number, noun):
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def spent(run):
+    """The tokens of a run, and what was saved."""
+    tokens = f"{run.tokens:,} tokens"
+    return f"{tokens}; {run.saved}" if run.saved else tokens
+
+
 def summary(run):
     """A run in one line."""
     parts = [counted(run.launched, "path") + " launched"]
-    for checkpoint, went_on in run.checks:
-        parts.append(f"{went_on} went on at {checkpoint:,} tokens")
-    parts.append(f"{run.tokens:,} tokens decoded, about {run.saved:.0%} saved")
+    for check in run.checks:
+        parts.append(f"at {check.checkpoint:,} tokens {check.text}")
+    parts.append(spent(run))
     answer = shortened(run.votes[0].answer, 40) if run.votes else "none"
     parts.append(f"the vote's answer: {answer}")
     return "; ".join(parts)
@@ -540,8 +608,9 @@ ENDS = {"eos": "finished", "length": "cut at the limit", "pruned": "pruned",
 
 def described(bar):
     """A path in one line."""
-    parts = [f"path {bar.name}", f"score {bar.score:.3f}", ENDS[bar.status],
-             f"{bar.end:,} tokens"]
+    parts = [f"path {bar.name}", ENDS[bar.status], f"{bar.end:,} tokens"]
+    if bar.score is not None:
+        parts.insert(1, f"score {bar.score:.3f}")
     if bar.parent is not None:
         parts.append(f"{bar.start:,} of them inherited from {bar.parent}")
     if bar.voted:
@@ -550,15 +619,37 @@ def described(bar):
     return ", ".join(parts)
 
 
-def svg(run, width=960):
-    """The picture as a file of its own."""
-    frame = Frame(run, width)
-    heading = f"{counted(run.launched, 'path')} of one question"
-    own = [tag("title", escaped(summary(run))),
-           f"<style>{palette()}{SVG_STYLE}</style>",
-           box(0, 0, width, frame.height, "card", 8),
-           words(16, 20, heading, "strong heading")]
-    return wrapped(frame, own + draw(frame)) + "\n"
+def svg(run, whole=None):
+    """The picture as a file of its own; whole: the Run of the same question without pruning, to
+    stand beside it."""
+    if whole is None:
+        frames = [Frame(run, 960)]
+    else:
+        longest = max(run.longest, whole.longest)
+        frames = [Frame(whole, 480, longest), Frame(run, 480, longest)]
+    height = max(frame.height for frame in frames)
+    label = "; ".join(f"{heading(frame.run)}: {summary(frame.run)}" for frame in frames)
+    parts = [tag("title", escaped(label)),
+             f"<style>{palette()}{SVG_STYLE}</style>",
+             box(0, 0, 960, height, "card", 8)]
+    left = 0
+    for frame in frames:
+        own = [words(16, 20, heading(frame.run), "strong heading"), *draw(frame)]
+        parts.append(tag("g", "\n".join(own), transform=f"translate({left} 0)"))
+        left += frame.width
+    return wrapped(parts, label, 960, height) + "\n"
+
+
+def heading(run):
+    """What a run is and what its vote says, in a few words."""
+    answer = "no answer"
+    if run.votes:
+        winner = run.votes[0]
+        answer = f"{shortened(winner.answer, 12)}{MARKS[winner.bars[0].right]}"
+    paths = counted(len(run.bars), "whole path")
+    if run.checks:
+        paths = f"{sum(bar.voted for bar in run.bars)} of {counted(len(run.bars), 'path')}"
+    return f"{paths}, {run.tokens:,} tokens: {answer}"
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -567,7 +658,8 @@ def svg(run, width=960):
 PAGE_STYLE = f"""
 body{{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 {FONT}}}
 main{{max-width:1400px;margin:0 auto;padding:28px 28px 40px}}
-h1{{font-size:20px;margin:0 0 4px}} .quiet{{color:var(--quiet)}}
+h1{{font-size:20px;margin:0 0 4px}} h2{{font-size:17px;margin:22px 0 2px}}
+.quiet{{color:var(--quiet)}}
 .question{{white-space:pre-wrap;overflow-wrap:anywhere;max-height:9em;overflow:auto;
   margin:12px 0 20px;padding:10px 14px;border-left:3px solid var(--line)}}
 .columns{{display:grid;grid-template-columns:minmax(0,960px) minmax(280px,1fr);gap:28px;
@@ -595,7 +687,7 @@ SCRIPT = """
 "use strict";
 const bars = [...document.querySelectorAll(".path")];
 const texts = [...document.querySelectorAll("article")];
-let kept = "0";
+let kept = document.querySelector("article:not([hidden])").dataset.path;
 
 function show(number) {
   for (const text of texts) text.hidden = text.dataset.path !== number;
@@ -624,7 +716,7 @@ for (const bar of bars) {
     if (step) { event.preventDefault(); move(bar, step); }
   });
 }
-keep("0");
+keep(kept);
 """
 
 # Scripts: the one above, known by its digest. Nothing is fetched, sent or framed.
@@ -651,7 +743,7 @@ article[hidden]{{display:block}} .texts{{max-height:none;position:static}}
 Point at a bar to read its path; a click or the arrow keys keep it.</div>
 <div class="question">{question}</div>
 <div class="columns">
-<div><div class="wide">{wide}</div><div class="narrow">{narrow}</div></div>
+<div>{drawings}</div>
 <section class="texts" aria-live="polite" tabindex="0" aria-label="The text of a path">
 {texts}
 </section>
@@ -663,20 +755,41 @@ Point at a bar to read its path; a click or the arrow keys keep it.</div>
 """
 
 
-def page(run):
-    """The picture as an HTML page."""
+def page(run, whole=None):
+    """The picture as an HTML page; whole: the Run of the same question without pruning, to stand
+    below it."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    articles = [article(bar, number) for number, bar in enumerate(run.bars)]
+    bars = list(run.bars)
+    drawings = both_widths(run)
+    if whole is not None:
+        drawings += tag("h2", f"Without pruning: {escaped(heading(whole))}")
+        drawings += both_widths(whole, number=len(bars))
+        bars += whole.bars
+    first = first_shown(run)
+    articles = [article(bar, number, number == first) for number, bar in enumerate(bars)]
     return PAGE.format(
         policy=POLICY.format(digest=digest),
         style=palette() + SVG_STYLE + PAGE_STYLE,
         heading=escaped(verdict(run)),
         about=escaped(summary(run)),
         question=escaped(broken(run.question)),
-        wide=drawing(run, 960),
-        narrow=drawing(run, 380),
+        drawings=drawings,
         texts="\n".join(articles),
         script=SCRIPT)
+
+
+def both_widths(run, number=0):
+    """Two drawings of a run, of which a page shows the one that fits its width."""
+    wide = tag("div", drawing(run, 960, number), class_="wide")
+    return wide + tag("div", drawing(run, 380, number), class_="narrow")
+
+
+def first_shown(run):
+    """The number of the bar whose text a page opens with: the best one with the winning answer."""
+    if not run.votes:
+        return 0
+    winner = max(run.votes[0].bars, key=lambda bar: bar.score or 0)
+    return run.bars.index(winner)
 
 
 def verdict(run):
@@ -687,13 +800,13 @@ def verdict(run):
     return f"Answer: {shortened(winner.answer, 80)}{MARKS[winner.bars[0].right]}"
 
 
-def article(bar, number):
+def article(bar, number, is_shown):
     """A path's text on the page."""
     name, _, rest = described(bar).partition(", ")
     content = (tag("h2", escaped(name)) + tag("p", escaped(rest), class_="quiet")
                + tag("div", text_of(bar), class_="text"))
-    shown_first = {} if number == 0 else {"hidden": ""}
-    return tag("article", content, data_path=number, **shown_first)
+    hidden = {} if is_shown else {"hidden": ""}
+    return tag("article", content, data_path=number, **hidden)
 
 
 def text_of(bar):
@@ -727,6 +840,7 @@ def check_file(file):
     require_target(file)
 
 
-def write(file, run):
+def write(file, run, whole=None):
     """Write a Run to a file as its name says: a page (.html) or a drawing (.svg)."""
-    write_atomic(file, svg(run) if Path(file).suffix == ".svg" else page(run))
+    form = svg if Path(file).suffix == ".svg" else page
+    write_atomic(file, form(run, whole))

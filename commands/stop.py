@@ -21,7 +21,7 @@ from commands import picture
 from commands.common import open_model, say_other_sampling, stop_folder
 from engine.budget import by_guideline
 from engine.stored import model_digest, stop_digest
-from plumbing.answers import extract_answer
+from plumbing.answers import extract_answer, same_answer
 from plumbing.budget_plan import check_stages, parse_cascade, plan_for, read_plans
 from plumbing.command_line import (
     Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
@@ -31,7 +31,7 @@ from plumbing.problems import Problem
 from plumbing.progress import progress, say
 from plumbing.scores import score_file
 from sample import check_prompts, prefill, room, sampling_of
-from stop import Stop, launch_check_resume, like_lengths, retention, vote
+from stop import Stop, decide, launch_check_resume, like_lengths, retention, vote
 
 LAUNCHED = 64  # paths, where neither --n nor --budget says
 
@@ -44,7 +44,8 @@ ALTERNATIVES = {
 # Settings that say how a question is answered, and nothing of how prefixes are scored
 OF_A_PROMPT = (
     "n", "keep", "retention", "budget", "task_length", "prefix", "cascade", "branch", "decide",
-    "kind", "picture", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat_format")
+    "kind", "answer", "picture", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+    "chat_format")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -78,6 +79,8 @@ class Settings(Common):
         None, "how many paths each resumed prefix goes on as (default: 1)")
     decide: bool = option(True, "stop when the running paths can no longer change the vote")
     kind: str = option("math", "math or choice: what the answer is")
+    answer: str | None = option(
+        None, "the right answer, where it is known: what is right is marked")
     picture: str | None = option(
         None, "file for a picture of the run: a page (.html) or a drawing (.svg)")
 
@@ -202,14 +205,14 @@ def answer_prompt(model, stop, tokenizer, settings):
 
     start = time.perf_counter()
     sampling = dataclasses.asdict(sampling_of(settings))
-    checks = []  # (checkpoint, how many paths went on), for the picture
+    checks = []  # of picture.Check
 
     def answer_of(path):
         return extract_answer(tokenizer.completion(path.ids), settings.kind)
 
     def on_check(checkpoint, checked, kept):
         show_check(checkpoint, checked, kept)
-        checks.append((checkpoint, len(kept)))
+        checks.append(picture.check_of(checkpoint, checked, kept))
 
     with progress("paths", n * limit, "tok") as bar:
         paths = launch_check_resume(
@@ -222,17 +225,19 @@ def answer_prompt(model, stop, tokenizer, settings):
     answers = [answer_of(path) for path in finished]
     for path, answer in zip(finished, answers):
         print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "
-              f"score {path.score:.4f}): {answer}")
+              f"score {path.score:.4f}): {answer}{mark_of(answer, settings)}")
     spent = sum(len(path.ids) - path.inherited for path in paths)
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = n * sum(len(path.ids) for path in finished) / len(finished)
     saved = 1 - spent / unpruned
     majority = vote(answers, kind=settings.kind)
-    weighted = vote(answers, [path.score for path in finished], settings.kind)
-    print(f"answer by score: {weighted}; by majority: {majority}", flush=True)
+    weighted = decide(answers, [path.score for path in finished], settings.kind)
+    print(f"answer by score: {weighted}{mark_of(weighted, settings)}; by majority: "
+          f"{majority}{mark_of(majority, settings)}", flush=True)
     if settings.picture is not None:  # behind the answers: a disk may be full by now
         run = picture.record(
-            settings.prompt, paths, checks, tokenizer, answer_of, saved, settings.kind)
+            settings.prompt, paths, checks, tokenizer, answer_of,
+            picture.saved_against(n, spent, finished), settings.kind, settings.answer)
         picture.write(settings.picture, run)
         print(f"wrote {settings.picture}")
     print(json.dumps({
@@ -244,6 +249,13 @@ def answer_prompt(model, stop, tokenizer, settings):
         "tokens": spent,
         "tokens_saved_estimate": round(saved, 4),
         "seconds": round(seconds, 3)}))
+
+
+def mark_of(answer, settings):
+    """What stands behind an answer where the right one is known."""
+    if settings.answer is None:
+        return ""
+    return picture.MARKS[same_answer(answer, settings.answer, settings.kind)]
 
 
 def require_below_limit(settings, cascade, prefix, limit):

@@ -2,7 +2,7 @@
 embedded toy, the line where a path goes wrong.
 
     python studies/picture.py                                  # writes runs/picture.html
-    python studies/picture.py --problem toy-test-0082 --n 8 --keep 2
+    python studies/picture.py --problem toy-test-0268 --whole  # beside the run without pruning
     python studies/picture.py --model M --data problems.jsonl --problem ID --out run.svg
 
 `python stop.py --prompt "..." --picture run.html` draws any question, without that knowledge.
@@ -19,7 +19,7 @@ from commands.common import open_model
 from plumbing.answers import extract_answer
 from plumbing.budget_plan import parse_cascade
 from plumbing.command_line import command_line, option, require_positive, shown
-from sample import room, sampling_of
+from sample import generate, room, sampling_of
 from shared import StopSettings, load_problems, load_stop
 from stop import launch_check_resume
 from toy.reading import wrong_part
@@ -34,6 +34,7 @@ class Settings(StopSettings):
     prefix: int | None = option(
         None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
     cascade: str | None = option(None, "several checkpoints, as stop.py takes them")
+    whole: bool = option(False, "the same question without pruning beside it: n whole paths")
     out: str = option("runs/picture.html", "file to write: a page (.html) or a drawing (.svg)")
 
 
@@ -47,8 +48,8 @@ def find_problem(problems, name):
     raise ValueError(f"problem: found {shown(name)}, expected the id of a problem in the data")
 
 
-def run_of(model, tokenizer, stop, problem, settings):
-    """The picture.Run of a problem."""
+def runs_of(model, tokenizer, stop, problem, settings):
+    """The picture.Run of a problem, and that without pruning, or None."""
     prompt = tokenizer.ask(problem)
     limit = stop.limit(settings.max_new_tokens)
     prefix = settings.prefix
@@ -61,17 +62,26 @@ def run_of(model, tokenizer, stop, problem, settings):
         return extract_answer(tokenizer.completion(path.ids), problem.kind)
 
     def on_check(checkpoint, checked, kept):
-        checks.append((checkpoint, len(kept)))
+        checks.append(picture.check_of(checkpoint, checked, kept))
 
+    def drawn(paths, checks, saved):
+        return picture.record(
+            problem.problem, paths, checks, tokenizer, answer_of, saved, problem.kind,
+            problem.answer, functools.partial(wrong_part, problem.problem))
+
+    limit = room(model, prompt, limit)
+    sampling = dataclasses.asdict(sampling_of(settings))
     paths = launch_check_resume(
-        model, stop, prompt, settings.n, settings.keep, prefix, cascade,
-        room(model, prompt, limit), **dataclasses.asdict(sampling_of(settings)), on_check=on_check)
-    voted = [len(path.ids) for path in paths if path.status != "pruned"]
+        model, stop, prompt, settings.n, settings.keep, prefix, cascade, limit, **sampling,
+        on_check=on_check)
     tokens = sum(len(path.ids) - path.inherited for path in paths)
-    saved = 1 - tokens / (settings.n * sum(voted) / len(voted))  # as stop.py estimates it
-    return picture.record(
-        problem.problem, paths, checks, tokenizer, answer_of, saved, problem.kind, problem.answer,
-        functools.partial(wrong_part, problem.problem))
+    if not settings.whole:
+        kept = [path for path in paths if path.status != "pruned"]
+        return drawn(paths, checks, picture.saved_against(settings.n, tokens, kept)), None
+    (whole,) = generate(model, [prompt], settings.n, limit, **sampling)
+    all_tokens = sum(len(path.ids) for path in whole)
+    saved = f"{1 - tokens / all_tokens:.0%} less than {settings.n} whole paths"
+    return drawn(paths, checks, saved), drawn(whole, [], "")
 
 
 def main(settings):
@@ -82,9 +92,11 @@ def main(settings):
     model, tokenizer = open_model(settings)
     stop = load_stop(settings, model)
     problem = find_problem(load_problems(settings), settings.problem)
-    run = run_of(model, tokenizer, stop, problem, settings)
-    picture.write(settings.out, run)
-    print(json.dumps({"picture": settings.out, "tokens": run.tokens, "saved": round(run.saved, 4)}))
+    run, whole = runs_of(model, tokenizer, stop, problem, settings)
+    picture.write(settings.out, run, whole)
+    answer = run.votes[0].answer if run.votes else None
+    print(f"wrote {settings.out}")
+    print(json.dumps({"picture": settings.out, "answer": answer, "tokens": run.tokens}))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from commands import picture, stop
 from plumbing.answers import extract_answer
 from plumbing.tokenizer import Tokenizer
 from sample import Path
+from stop import decide
 from toy.reading import right_lines, wrong_part
 
 HOSTILE = (
@@ -43,8 +44,9 @@ def drawn(tokenizer, paths, checks=((5, 2),), answers=None, **settings):
         return tokenizer.decode(path.ids) if answers is None else answers.get(path.name)
 
     question = settings.pop("question", "1 + 1?")
+    checks = [picture.Check(checkpoint, went_on, went_on) for checkpoint, went_on in checks]
     return picture.record(
-        question, paths, list(checks), tokenizer, answer_of, 0.25, **settings)
+        question, paths, checks, tokenizer, answer_of, "a quarter less", **settings)
 
 
 def four_paths(tokenizer):
@@ -112,10 +114,10 @@ def test_kept_paths_stand_on_top_by_score_and_pruned_ones_end_at_the_check(token
 
 
 def test_the_shades_follow_the_scores(tokenizer):
+    """On a scale from 0 to 1, whatever the run's own range is."""
     run = drawn(tokenizer, four_paths(tokenizer))
-    shades = [picture.shade_of(run, bar.score) for bar in run.bars]
-    assert shades == sorted(shades, reverse=True)
-    assert (shades[0], shades[-1]) == (picture.SHADES - 1, 0)
+    shades = {bar.score: picture.shade_of(bar) for bar in run.bars}
+    assert shades == {0.9: "s9", 0.7: "s7", 0.3: "s3", 0.1: "s1"}
 
 
 def test_equal_scores_are_drawn(tokenizer):
@@ -154,9 +156,56 @@ def test_the_votes_are_those_of_the_method(tokenizer, answers):
     """Equal answers vote together, a tie goes to the first, None is no vote."""
     paths = [path_of(tokenizer, index, "x" * 9, 0.9 - index / 5) for index in range(3)]
     run = drawn(tokenizer, paths, answers=answers)
-    expected = stop.vote([answers.get(str(index)) for index in range(3)])
+    given = [answers.get(str(index)) for index in range(3)]
+    expected = decide(given, [path.score for path in paths])
     assert (run.votes[0].answer if run.votes else None) == expected
     assert sum(len(vote.bars) for vote in run.votes) == len(answers)
+
+
+def test_the_pictures_answer_is_that_of_the_score_weighted_vote(tokenizer):
+    """Two weak votes lose against a strong one, on the page as on the terminal."""
+    paths = [path_of(tokenizer, index, "x" * 9, score) for index, score in enumerate((.2, .3, .9))]
+    run = drawn(tokenizer, paths, answers={"0": "16", "1": "16", "2": "21"})
+    assert [vote.answer for vote in run.votes] == ["21", "16"]
+    assert "Answer: 21" in picture.page(run)
+
+
+def test_paths_without_a_check_are_drawn_whole_beside_the_run(tokenizer):
+    """Their colours say what is right; those of one answer stand together, the most first."""
+    whole = [path_of(tokenizer, index, "x" * (6 + index), None) for index in range(5)]
+    answers = {"0": "7", "1": "8", "2": "8", "3": "9", "4": "8"}
+    beside = drawn(tokenizer, whole, checks=(), answers=answers, expected="7")
+    assert [bar.name for bar in beside.bars] == ["1", "2", "4", "0", "3"]
+    assert [picture.shade_of(bar) for bar in beside.bars] == ["wrong"] * 3 + ["right", "wrong"]
+    assert beside.votes[0].answer == "8" and beside.votes[0].weight is None
+    run = drawn(tokenizer, four_paths(tokenizer), answers={"1": "7", "3": "7"}, expected="7")
+    drawing = picture.svg(run, beside)
+    assert "5 whole paths, 40 tokens: 8 ✗" in drawing and "2 of 4 paths, 28 tokens: 7 ✓" in drawing
+    page = picture.page(run, beside)
+    assert len(Reader(page).texts) == 4 + 5
+
+
+def test_a_page_opens_on_the_best_path_with_the_winning_answer(tokenizer):
+    paths = four_paths(tokenizer)
+    page = picture.page(drawn(tokenizer, paths, answers={"1": "7", "3": None}))
+    shown = [attributes["data-path"] for tag, attributes in Reader(page).elements
+             if tag == "article" and "hidden" not in attributes]
+    assert shown == ["1"]  # path 1, the second from the top
+
+
+def test_pruned_paths_end_in_a_stub(tokenizer):
+    """So that a pruned path tied with a kept one looks otherwise."""
+    drawing = picture.svg(drawn(tokenizer, four_paths(tokenizer)))
+    assert drawing.count('class="stub"') == 2
+    assert len(re.findall(r'class="bar s\d pruned"', drawing)) == 2
+
+
+def test_a_branching_check_says_how_many_stay_and_as_how_many():
+    kept = [Path([1], 0, [5] * 4, branches=(0,)),
+            Path([1], 0, [5] * 4, branches=(1,), inherited=4)]
+    check = picture.check_of(4, [kept[0], Path([1], 1, [5] * 4)], kept)
+    assert check == picture.Check(4, 1, 2)
+    assert check.text == "1 go on as 2"
 
 
 def test_right_answers_are_ticked_where_the_right_one_is_known(tokenizer):
@@ -290,11 +339,26 @@ def test_stop_draws_its_run(monkeypatch, capsys, tmp_path, file, opening):
 @pytest.mark.parametrize("words, message", [
     (("--prompt", "a", "--picture", "run.png"), "expected a file named .html or .svg"),
     (("--prompt", "a", "--picture", "missing/run.svg"), "expected a file in a folder that exists"),
-    (("--score", "a.jsonl", "--picture", "run.svg"), "expected beside --prompt")])
+    (("--score", "a.jsonl", "--picture", "run.svg"), "it shapes the paths of a --prompt")])
 def test_a_picture_that_cannot_be_is_refused_at_once(monkeypatch, capsys, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
     status, _, err = call_script(monkeypatch, capsys, stop, *words)
     assert status == 2 and message in err and err.startswith("error: picture: ")
+
+
+@pytest.mark.parametrize("answer, mark", [("17", " ✗"), (None, "")])
+def test_a_given_answer_marks_what_is_right(monkeypatch, capsys, tmp_path, answer, mark):
+    monkeypatch.chdir(ROOT)
+    flags = [] if answer is None else ["--answer", answer]
+    status, out, _ = call_script(
+        monkeypatch, capsys, stop, "--prompt", QUESTION, "--n", 6, "--keep", 2, "--prefix", 20,
+        "--max-new-tokens", 200, "--device", "cpu", "--dtype", "float32", *flags,
+        "--picture", tmp_path / "run.svg")
+    assert status == 0
+    weighted = json.loads(out.splitlines()[-1])["weighted"]
+    assert weighted not in (None, "17")
+    assert f"answer by score: {weighted}{mark};" in out
+    assert ("✗" in (tmp_path / "run.svg").read_text(encoding="utf-8")) == bool(mark)
 
 
 def test_the_study_marks_wrong_lines(tmp_path):
@@ -309,11 +373,11 @@ def test_the_study_marks_wrong_lines(tmp_path):
 
 
 def test_the_readmes_drawing_is_of_a_run_of_64_paths():
-    """python studies/picture.py --problem toy-test-0268 --out studies/run.svg writes it again."""
+    """python studies/picture.py --problem toy-test-0268 --whole --out studies/run.svg writes it
+    again: the whole paths vote wrongly, the kept ones rightly."""
     drawing = (ROOT / "studies" / "run.svg").read_text(encoding="utf-8")
-    boxes = boxes_of(drawing)
-    lengths = sorted(width for _, width in boxes.values())
-    assert len(boxes) == 64 and lengths[0] == lengths[55] < lengths[56]
+    assert re.search("64 whole paths, [0-9,]+ tokens: 34 ✗", drawing)
+    assert re.search("8 of 64 paths, [0-9,]+ tokens: 26 ✓", drawing)
     assert "check at 40: 8 go on" in drawing
 
 
