@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from compare import LEVELS
-from plumbing.answers import same_answer
+from plumbing.answers import same_vote
 
 SAMPLER = {
     "temperature-last": "temperature comes after top-k and top-p",
@@ -431,7 +431,7 @@ def find_group(groups, answer, wrong):
         if answer == known:
             return group
         if wrong != "vote-by-text" and answer is not None and known is not None:
-            if same_answer(answer, known):
+            if same_vote(answer, known):
                 return group
     groups.append({"spellings": [], "weights": []})
     return groups[-1]

@@ -105,6 +105,11 @@ _REWRITES = [
         r"\\\1 ",
     ),
     (r"[ .,]+$", ""),  # 5 ., -> 5
+    (rf"^{_TEXT}\s*\{{([^{{}}]*)\}}$", r"\1"),  # \text{no solution} -> no solution
+    (  # {5\choose 2} -> \binom{5}{2}
+        r"\{\s*([0-9]+)\s*\\choose(?![A-Za-z])\s*([0-9]+)\s*\}",
+        r"\\binom{\1}{\2}",
+    ),
     (  # 5\text{ cm}^2 -> 5
         rf"(\\pi|[0-9)\]}}!°])\s*{_TEXT_UNIT}{_MORE_UNITS}",
         r"\1",
