@@ -29,6 +29,8 @@ def is_decided(answers, weights, outstanding, kind="math"):
     winner = max(spelled, key=spelled.get)
     if not is_closed(winner):
         return False
+    if any(is_equation(answer) and same_vote(answer, winner, kind) for answer in spelled):
+        return False  # under the name x = 5, which an outstanding y = 5 could change
     strongest = 0.0
     for group in groups_that_may_be_equal(spelled.keys() - {winner}, kind):
         strongest = max(strongest, sum(spelled[answer] for answer in group))

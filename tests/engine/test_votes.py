@@ -156,6 +156,14 @@ def test_a_comma_may_be_either():
     assert not is_decided(["1,234"] * 9, [1.0] * 9, 1.0), "the name of the winner is open"
 
 
+def test_an_equation_in_the_winning_group_decides_nothing():
+    """x = 5 is 5 and y = 5 is 5, but they are not one: the name of the winner is open."""
+    assert not is_decided(["x=5", "5", "5", "5", "5"], [1.0] * 5, 1.0)
+    assert is_decided(["x=4", "5", "5", "5", "5"], [1.0] * 5, 1.0)
+    assert may_be_equal("6", "x-6=0", "math"), "x = 6 is both"
+    assert not is_decided(["5", "5", "5", "6", "x-6=0"], [1.0] * 5, 1.0)
+
+
 @pytest.fixture(scope="module")
 def pair():
     model = random_model("qwen2")
