@@ -12,7 +12,6 @@ Letters: B rows, T new positions, S keys, H query heads, K key/value heads, G = 
 E experts.
 """
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,6 @@ from kvcache import KVCache
 from lora import Linear
 from plumbing import memory
 from plumbing.checkpoint import find_folder, parameter_bytes, read_config, read_weights
-
-SCORES_AT_ONCE = 2 ** 27  # attention scores held at a time; a long prefill takes blocks of queries
-ROWS_AT_ONCE = 64         # rows that share a span of keys; more would read more dead slots
 
 
 def rope_frequencies(config):
@@ -84,33 +80,17 @@ def llama3_frequencies(frequencies, rope):
     return (1 - kept) * frequencies / rope["factor"] + kept * frequencies
 
 
-class Block(NamedTuple):
-    """Queries that attend together: those of some rows, at some of the T positions. They read the
-    keys in slots start..stop-1, under a mask (rows, queries, stop - start) that is added to the
-    scores."""
-    rows: slice
-    queries: slice
-    keys: slice
-    mask: torch.Tensor
-
-
 class Positions:
     """Where T new positions of B rows stand. Made once a pass, read by every layer.
 
     positions (B, T): absolute. slots (B, K, T): where their keys and values go in the cache.
-    cos, sin (B, T, 1, D): RoPE's angles. blocks: window -> the Blocks of its layers.
-
-    One rule says what a query sees: the keys at or before its own position, within its window. New
-    positions follow their row's length directly, so a dead slot is never at or before a query.
+    cos, sin (B, T, 1, D): RoPE's angles. attend: the attention of this pass (see Attend).
     """
 
     def __init__(self, model, positions, dtype, cache=None, span=None):
-        """span: no slot at or beyond it is read, for any row; None: as few as the rows' lengths
-        allow. Without a cache the pass stands alone."""
         self.positions = positions
-        self.cache = cache
-        self.span = span
         self.slots = None if cache is None else cache.slots(positions.shape[1])
+        self.attend = model.attend(model.config, positions, cache, span)
 
         angles = positions[..., None, None].float() * model.frequencies  # (B, T, 1, D / 2)
         cos = (angles.cos() * model.rope_scale).to(dtype)
@@ -118,40 +98,36 @@ class Positions:
         self.cos = torch.cat((cos, cos), -1)
         self.sin = torch.cat((-sin, sin), -1)
 
-        heads = model.config.num_attention_heads
-        self.blocks = {window: self._blocks(window, heads) for window in set(model.config.windows)}
-
-    def _blocks(self, window, heads):
-        """Cut the pass into Blocks: rows whose keys end at about the same slot, and as many
-        queries as SCORES_AT_ONCE allows."""
-        B, T = self.positions.shape
-        rows_at_once = B if self.span is not None or self.cache is None else ROWS_AT_ONCE
-        blocks = []
-        for first in range(0, B, rows_at_once):
-            rows = slice(first, min(first + rows_at_once, B))
-            start, stop = self._keys_of(rows, window)
-            scores = (rows.stop - first) * heads * (stop - start)  # of one query a row
-            queries_at_once = max(1, SCORES_AT_ONCE // scores)
-            for query in range(0, T, queries_at_once):
-                queries = slice(query, min(query + queries_at_once, T))
-                mask = visibility(self.positions[rows, queries], start, stop, window)
-                blocks.append(Block(rows, queries, slice(start, stop), mask))
-        return blocks
-
-    def _keys_of(self, rows, window):
-        """(first slot, slot behind the last) of the keys that these rows may read."""
-        T = self.positions.shape[1]
-        if self.cache is None:
-            return 0, T
-        counts = self.cache.counts[rows]
-        stop = int(counts.max()) + T if self.span is None else self.span
-        start = 0 if window is None else max(0, int(counts.min()) + 1 - window)
-        return start, stop
-
     def rotate(self, x):
         """RoPE on halves: x (B, T, heads, D)."""
         half = x.shape[-1] // 2
         return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin)
+
+
+class Attend:
+    """The attention of one pass by its definition: every query over all slots up to the longest
+    row's end, under a mask. engine/attention.py has faster ones, with the same two methods.
+
+    One rule says what a query sees: the keys at or before its own position, within its window. New
+    positions follow their row's length directly, so a dead slot is never at or before a query.
+    """
+    own_lengths = False  # whether rows read their own slots alone, whatever `span` says
+
+    def __init__(self, config, positions, cache=None, span=None):
+        """positions (B, T) absolute; without a cache the pass stands alone. span: the slots
+        0..span-1 are read; None: as few as the rows' lengths allow."""
+        if span is None:
+            held = 0 if cache is None else cache.longest
+            span = held + positions.shape[1]
+        self.masks = {}  # window -> (B, T, span)
+        for window in set(config.windows):
+            self.masks[window] = visibility(positions, 0, span, window)
+
+    def __call__(self, q, k, v, window, sinks=None):
+        """q (B, T, H, D), k and v (B or more, K, slots, D) -> (B, T, H * D)."""
+        mask = self.masks[window]
+        B, _, span = mask.shape
+        return attend(q, k[:B, :, :span], v[:B, :, :span], mask, sinks)
 
 
 def visibility(positions, start, stop, window):
@@ -236,10 +212,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(self.layer, positions.slots, k, v)  # all slots of the layer
 
-        out = x.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])  # (B, T, H * D)
-        for rows, queries, keys, mask in positions.blocks[self.window]:
-            part = attend(q[rows, queries], k[rows, :, keys], v[rows, :, keys], mask, self.sinks)
-            out[rows, queries] = part
+        out = positions.attend(q, k, v, self.window, self.sinks)  # (B, T, H * D)
         return self.o_proj(out, adapter)
 
 
@@ -275,7 +248,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, inner, hidden))
         self.down_proj_bias = nn.Parameter(torch.zeros(E, hidden))
 
-    def _swiglu(self, gate_up):
+    def swiglu(self, gate_up):
+        """(up + 1) * gate * sigmoid(alpha * gate) of gate and up in turns, both clamped."""
         gate = gate_up[..., ::2].clamp(max=self.limit)
         up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
@@ -287,23 +261,12 @@ class Experts(nn.Module):
         chosen = chosen.flatten()
         by_expert = chosen.argsort(stable=True)  # numbers of (token, rank), flat
         counts = chosen.new_zeros(E).scatter_add_(0, chosen, torch.ones_like(chosen))
-        for e, places in enumerate(by_expert.split(counts.tolist())):  # one wait
+        for e, places in enumerate(by_expert.split(counts.tolist())):  # one wait for the device
             row = places // weights.shape[1]
             gate_up = torch.addmm(self.gate_up_proj_bias[e], x[row], self.gate_up_proj[e])
-            y = torch.addmm(self.down_proj_bias[e], self._swiglu(gate_up), self.down_proj[e])
+            y = torch.addmm(self.down_proj_bias[e], self.swiglu(gate_up), self.down_proj[e])
             out.index_add_(0, row, y * weights.flatten()[places, None])
         return out
-
-    def all_experts(self, x, weights, chosen):
-        """The same by computing every expert. A decode step reads nearly all of their weights
-        anyway; this way it copies none, and no size depends on the router, so that it can be
-        captured."""
-        E = len(self.down_proj)
-        share = x.new_zeros(len(x), E).scatter(1, chosen, weights)  # (N, E), 0 where not chosen
-        x = x.expand(E, -1, -1)
-        gate_up = torch.baddbmm(self.gate_up_proj_bias[:, None], x, self.gate_up_proj)
-        y = torch.baddbmm(self.down_proj_bias[:, None], self._swiglu(gate_up), self.down_proj)
-        return torch.einsum("ne,enh->nh", share, y)
 
 
 class MoE(nn.Module):
@@ -317,11 +280,14 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x, adapter=None):
-        flat = x.flatten(0, 1)  # (B * T, hidden)
-        top, chosen = self.router(flat).topk(self.per_token, dim=-1)
-        decoding = x.shape[1] == 1 or len(flat) <= 128
-        experts = self.experts.all_experts if decoding else self.experts
-        return experts(flat, top.softmax(-1), chosen).view_as(x)
+        top, chosen = self.router(x).topk(self.per_token, dim=-1)  # (B, T, k)
+        return self.mix(x, top.softmax(-1), chosen)
+
+    def mix(self, x, weights, chosen):
+        """The chosen experts' weighted sum (B, T, hidden): x (B, T, hidden), weights and chosen
+        (B, T, k). engine/attention.py has a way without waiting, for few tokens."""
+        mixed = self.experts(x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(0, 1))
+        return mixed.view_as(x)
 
 
 class Layer(nn.Module):
@@ -341,6 +307,7 @@ class Layer(nn.Module):
 
 class Decoder(nn.Module):
     """A causal language model. An adapter (lora.Adapter) may join a single pass."""
+    attend = Attend  # what each pass makes its attention of
 
     def __init__(self, config):
         super().__init__()

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from engine.attention import equip
 from model import load
 from plumbing import processes
 from plumbing.answers import END_OF_TURN
@@ -16,8 +17,10 @@ from plumbing.tokenizer import PROBE, Tokenizer
 
 
 def open_model(settings):
-    """The Decoder and the Tokenizer that a script's settings name. ValueError on an unknown device
-    or dtype."""
+    """The Decoder and the Tokenizer that a script's settings name, with the attention that suits
+    the device. ValueError on an unknown device, dtype or attention."""
+    if settings.attention not in (None, "plain", "flash"):
+        raise ValueError(f"attention: found {settings.attention!r}, expected plain or flash")
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: found {settings.dtype!r}, expected float32, bfloat16 or float16")
     try:
@@ -25,10 +28,15 @@ def open_model(settings):
             raise RuntimeError("expected cpu, cuda, cuda:0 or mps")
         device = processes.start(settings.device)
         torch.empty(0, device=device)
+        if ":" in device:
+            torch.cuda.set_device(device)  # what names no device is meant for this one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: found {settings.device!r}: {reason}") from None
     model = load(settings.model, device, getattr(torch, settings.dtype))
+    chosen = equip(model, settings.attention)
+    if chosen and processes.is_first():
+        print(chosen, flush=True)
     tokenizer = Tokenizer(settings.model, settings.chat_format)
     mark = unstopped_turn(tokenizer, model.config.eos_ids)
     if mark is not None and processes.is_first():

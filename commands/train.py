@@ -36,7 +36,8 @@ from stop import parse_checkpoints
 from train import Example, require_several, split
 
 BESIDE_LABELS = ("data", "problems", "paths", "low", "high", "prefixes", "rollouts")  # of no use
-NO_PART_OF_A_RUN = ("batch", "device", "cache_gb", "out", "plan")  # settings that change no result
+NO_PART_OF_A_RUN = (  # settings that change no result
+    "batch", "attention", "device", "cache_gb", "out", "plan")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -7,7 +7,7 @@ need the paths to be sampled on: each token by one pass over the whole row, with
 import numpy as np
 import torch
 
-from model import Block, Positions
+from model import Positions
 from reference import numbers_of, without_head
 from sample import draw, path_key, probabilities
 from wrong_sampler import kept_indices, mix
@@ -94,10 +94,9 @@ class Rows:
         model = self.model
         T = len(x)
         places = Positions(model, positions[None], x.dtype)
-        for window in places.blocks:
+        for window in places.attend.masks:
             mask = torch.zeros(T, T).masked_fill(~seen(window), -torch.inf)
-            whole = slice(0, T)
-            places.blocks[window] = [Block(slice(0, 1), whole, whole, mask[None])]
+            places.attend.masks[window] = mask[None]
         adapter = None if active is None else self.stop.lora.at(active[None])
         x = x[None]
         for layer in model.model.layers:

@@ -64,6 +64,8 @@ class Common:
         "bfloat16" if torch.cuda.is_available() else "float32", "float32, bfloat16 or float16")
     batch: int | None = option(
         None, "rows decoded at a time (default: as many as memory holds); changes no token")
+    attention: str | None = option(
+        None, "plain or flash (default: flash in half precision on a GPU where it proves right)")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,8 +1,8 @@
 """How many rows fit: free memory, bytes a row, and what is said where they do not.
 
 The arithmetic is on shapes alone, so that it can be checked for machines that are not there:
-a row holds `capacity` positions of keys and values for every layer, and while it is decoded its
-attention scores and its logits.
+a row holds `capacity` positions of keys and values for every layer, and while it is decoded a
+step's intermediate results and its logits.
 """
 import os
 from pathlib import Path
@@ -15,6 +15,7 @@ MOST_ROWS = 1024  # more rows a step than this no longer raise the rate
 PREFILL_TOKENS = 8192  # positions of one prefill pass: enough to keep a GPU busy
 SHARE = 0.85  # of the free memory; the rest is for allocators, fragments and other programs
 SCORE_COPIES = 12  # bytes an attention score: float32 scores, their softmax, one in the making
+GPU_WORKSPACES = 1e9  # of cuBLAS on two streams, of graphs, and of sorting whole vocabularies
 PATH_BYTES = 500  # of a sample.Path that has not begun
 GB = 1e9
 
@@ -60,32 +61,49 @@ def position_bytes(config, element):
 
 
 def row_bytes(config, capacity, element):
-    """Bytes of one row of `capacity` positions while it is decoded."""
-    scores = config.num_attention_heads * SCORE_COPIES
+    """Bytes of one row of `capacity` positions while it is decoded: its keys and values, the
+    intermediate results of a step (which a captured graph holds on to), and its logits."""
     logits = config.vocab_size * 8  # as the head gives them, and in float32
-    return capacity * (position_bytes(config, element) + scores) + logits
+    cache = capacity * position_bytes(config, element)
+    return cache + step_bytes(config, capacity, element) + logits
 
 
-def working_bytes(config, capacity, element):
-    """Bytes that a pass needs beside the rows: one prefill, and the prompts that it has read."""
+def step_bytes(config, capacity, element):
+    """Bytes of a row's intermediate results in a decode step: attention's scores, with the float32
+    copy that it makes of half-precision keys, and the feed-forward, of GPT-OSS by all experts.
+    Under flash attention there are neither: then this is a few in a hundred too much."""
+    keys = config.num_key_value_heads * config.head_dim * 4 if element < 4 else 0
+    attention = capacity * (config.num_attention_heads * SCORE_COPIES + keys)
+    inner = config.intermediate_size
+    hidden = config.hidden_size
+    width = 4 * inner + 6 * hidden + config.experts * (6 * inner + hidden)
+    return attention + width * element
+
+
+def working_bytes(config, capacity, element, on_gpu=False):
+    """Bytes that are needed beside the rows: those of one prefill, and of the prompts that it has
+    read, which are held while their paths begin."""
     width = max(3 * config.intermediate_size, 4 * config.hidden_size)
+    if config.experts:
+        width = 7 * config.intermediate_size + config.hidden_size
     activations = PREFILL_TOKENS * width * element
     scores = min(2 ** 27, PREFILL_TOKENS * config.num_attention_heads * capacity) * SCORE_COPIES
+    masks = len(set(config.windows)) * PREFILL_TOKENS * capacity * 4
     prompts = 2 * max(PREFILL_TOKENS, capacity) * position_bytes(config, element)
-    return activations + scores + prompts
+    return activations + scores + masks + prompts + (GPU_WORKSPACES if on_gpu else 0)
 
 
-def rows_that_fit(config, capacity, element, free):
+def rows_that_fit(config, capacity, element, free, on_gpu=False):
     """How many rows of `capacity` positions fit `free` bytes beside the weights, at most MOST_ROWS.
     Raises ValueError with both numbers where not even one does."""
-    usable = SHARE * free - working_bytes(config, capacity, element)
-    rows = int(usable // row_bytes(config, capacity, element))
+    work = working_bytes(config, capacity, element, on_gpu)
+    row = row_bytes(config, capacity, element)
+    rows = int((SHARE * free - work) // row)
     if rows < 1:
-        needed = working_bytes(config, capacity, element) + row_bytes(config, capacity, element)
         raise ValueError(
-            f"memory: one row of {capacity:,} positions needs {needed / SHARE / GB:.1f} GB beside "
-            f"the weights, {free / GB:.1f} GB are free: lower --max-new-tokens, or take a larger "
-            "device")
+            f"memory: one row of {capacity:,} positions needs {(work + row) / SHARE / GB:.1f} GB "
+            f"beside the weights, {free / GB:.1f} GB are free: lower --max-new-tokens, or take a "
+            "larger device")
     return min(rows, MOST_ROWS)
 
 
@@ -95,7 +113,8 @@ def choose_rows(model, capacity, batch=None):
     if batch is not None:
         return batch
     element = model.model.embed_tokens.weight.element_size()
-    return rows_that_fit(model.config, capacity, element, free_bytes(model.device))
+    on_gpu = model.device.type == "cuda"
+    return rows_that_fit(model.config, capacity, element, free_bytes(model.device), on_gpu)
 
 
 def rows_beside_others(model, capacity):

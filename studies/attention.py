@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import model as modeling
 from commands.common import open_model
+from model import Attend
 from plumbing.answers import extract_answer, same_answer
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import Problem
@@ -61,21 +61,25 @@ def last_weights(q, k, mask, sinks):
 
 
 @contextlib.contextmanager
-def watched_attention():
-    """A list that takes, while this lasts, the weights (B, H, S) of the last query in every layer.
-    S: the keys that the layer reads, fewer where it has a window."""
+def watched_attention(model):
+    """A list that takes, while this lasts, the weights (B, H, S) of the last query in every
+    layer."""
     seen = []
-    plain = modeling.attend
+    usual = model.attend
 
-    def attend(q, k, v, mask, sinks=None):
-        seen.append(last_weights(q, k, mask, sinks))
-        return plain(q, k, v, mask, sinks)
+    class Watched(Attend):
+        """The plain attention, which keeps what it gives the last query."""
 
-    modeling.attend = attend
+        def __call__(self, q, k, v, window, sinks=None):
+            mask = self.masks[window]
+            seen.append(last_weights(q, k[:len(q), :, :mask.shape[-1]], mask, sinks))
+            return super().__call__(q, k, v, window, sinks)
+
+    model.attend = Watched
     try:
         yield seen
     finally:
-        modeling.attend = plain
+        model.attend = usual
 
 
 @torch.inference_mode()
@@ -84,14 +88,9 @@ def weights_of(model, stop, prefix_ids, layer=None):
     (prefix + m,) float32: the mean over heads of `layer`, or of all layers. Zero where a window
     hides a position."""
     cache, _ = prefill(model, [prefix_ids], stop.m)
-    with watched_attention() as seen:
+    with watched_attention(model) as seen:
         score = stop.chance(stop(model, cache)).item()
-    assert len(seen) == model.config.num_hidden_layers, "one block of queries a layer"
-    span = len(prefix_ids) + stop.m
-    rows = []
-    for weights in seen:
-        hidden_by_window = span - weights.shape[-1]
-        rows.append(torch.nn.functional.pad(weights[0].mean(0), (hidden_by_window, 0)))
+    rows = [weights[0].mean(0) for weights in seen]
     weights = torch.stack(rows).mean(0) if layer is None else rows[layer]
     return score, weights.cpu()
 

@@ -93,7 +93,7 @@ class Settings(Common):
 
 
 NO_PART_OF_A_FIT = (  # settings that change no fit
-    "out", "test", "budgets", "seeds", "seed", "jobs", "n", "keep", "batch", "device")
+    "out", "test", "budgets", "seeds", "seed", "jobs", "n", "keep", "batch", "attention", "device")
 
 
 @dataclasses.dataclass

@@ -83,7 +83,8 @@ OF_TRAINING = (  # flags that say how is trained, and nothing of the gradients
     "train_data", "train_prefix", "train_share", "train_group", "step_tokens", "lr", "refit_lr",
     "seeds", "evaluations", "test_problems", "test_paths", "jobs")
 NO_PART_OF_TRAINING = (  # settings that change no training run
-    "out", "jobs", "batch", "device", "prefixes", "problems", "paths", "group", "rounds")
+    "out", "jobs", "batch", "attention", "device", "prefixes", "problems", "paths", "group",
+    "rounds")
 
 
 @dataclasses.dataclass(kw_only=True)

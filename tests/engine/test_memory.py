@@ -1,14 +1,18 @@
 """plumbing/memory.py: how many rows fit, on the shapes of the paper's models and of cards that are
 not there; free memory; and refusals with both numbers."""
+import functools
+
 import pytest
 import torch
+from emulations import Peak
 from helpers import (
     PARAMETERS, REAL, meta_model, random_model, random_prompt, raw_config, write_checkpoint)
 
+from engine.attention import Flash, Tiled, equip
 from model import load
 from plumbing import memory, processes
 from plumbing.checkpoint import Config
-from sample import generate
+from sample import generate, prefill
 from stop import Stop, launch_check_resume
 
 GB = 1e9
@@ -27,40 +31,102 @@ def cache_bytes(name, rows, capacity):
     return model.new_cache(rows, capacity).nbytes
 
 
+@functools.cache
+def shapes_of(name, how):
+    """The model of two layers (a step's intermediate results are those of a layer), of shapes
+    alone, as a command runs it."""
+    model = meta_model(REAL[name] | {"num_hidden_layers": 2}).to("meta").to(torch.bfloat16)
+    model.frequencies = model.frequencies.to("meta", torch.float32)
+    equip(model)
+    model.attend = how
+    return model
+
+
+@torch.inference_mode()
+def step_peak(name, how, rows, capacity):
+    """Bytes of the intermediate results of a decode step over all slots, as they come and go."""
+    model = shapes_of(name, how)
+    cache = model.new_cache(rows, capacity)
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device="meta")
+    with Peak() as peak:
+        model.run(ids, cache, capacity)
+    return peak.bytes
+
+
+@torch.inference_mode()
+def prefill_peak(name, how, lengths, monkeypatch):
+    """Bytes that reading prompts of these lengths takes, of all layers. Of GPT-OSS's experts, as if
+    all tokens went to one of them: how many do depends on data."""
+    model = shapes_of(name, how)
+    for layer in model.model.layers:
+        if model.config.experts:
+            monkeypatch.setattr(layer.mlp, "mix", functools.partial(one_expert, layer.mlp.experts))
+    with Peak() as peak:
+        cache, _ = prefill(model, [[1] * length for length in lengths])
+    padded = max(sum(lengths), max(lengths))
+    held = cache_bytes(name, 1, padded)
+    return peak.bytes + 2 * held * (1 - 2 / REAL[name]["num_hidden_layers"])
+
+
+def one_expert(experts, x, weights, chosen):
+    x = x.flatten(0, 1)
+    gate_up = torch.addmm(experts.gate_up_proj_bias[0], x, experts.gate_up_proj[0])
+    y = torch.addmm(experts.down_proj_bias[0], experts.swiglu(gate_up), experts.down_proj[0])
+    return (torch.zeros_like(x) + y).view(*weights.shape[:2], -1)
+
+
 # ------------------------------------------------------------------------------------ rows that fit
 
 
 @pytest.mark.parametrize("capacity", (300, 2300, 16600, 32768))
 @pytest.mark.parametrize("name", REAL)
-def test_a_row_takes_what_its_cache_takes_and_little_more(name, capacity):
-    """Attention scores and logits of the row's step come on top."""
+def test_a_row_takes_what_its_cache_and_its_step_take_and_little_more(name, capacity):
+    """Beside keys and values, the intermediate results of a real step, whatever its attention, and
+    the logits that it gives."""
     config = Config.from_dict(REAL[name])
     taken = memory.row_bytes(config, capacity, BFLOAT16)
     cache = cache_bytes(name, 1, capacity)
-    scores = config.num_attention_heads * capacity * 4
     logits = config.vocab_size * 4
-    assert taken >= cache + scores + logits
-    assert taken <= 1.1 * cache + 3 * logits
+    steps = [step_peak(name, how, 32, capacity) / 32 for how in (Tiled, Flash)]
+    assert taken >= cache + max(steps) + logits
+    assert taken <= 1.07 * cache + 4 * logits
+
+
+@pytest.mark.parametrize("lengths", ((16384,), (8192,), (2252, 2252, 2252), (300,) * 20), ids=str)
+@pytest.mark.parametrize("how", (Tiled, Flash))
+@pytest.mark.parametrize("name", REAL)
+def test_a_prefill_fits_what_is_set_aside_for_it(name, how, lengths, monkeypatch):
+    """One long prompt, or as many as a pass takes."""
+    config = Config.from_dict(REAL[name])
+    capacity = max(lengths) + 1
+    set_aside = memory.working_bytes(config, capacity, BFLOAT16)
+    assert prefill_peak(name, how, lengths, monkeypatch) <= set_aside
 
 
 @pytest.mark.parametrize("capacity", (300, 2300, 16600))
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("name", REAL)
-def test_weights_rows_and_work_fit_the_card(name, card, capacity):
-    """And one row more would go beyond what is allowed, unless there are rows enough."""
+def test_weights_rows_graph_and_prefill_fit_the_card(name, card, capacity, monkeypatch):
+    """All that a run holds at a time, from shapes: weights, the rows' cache, a captured step, its
+    logits, a prefill at its peak, a gigabyte of workspaces. And one row more would go beyond what
+    is allowed, unless there are rows enough."""
     config = Config.from_dict(REAL[name])
     free = card * GB - weights_of(name)
     try:
-        rows = memory.rows_that_fit(config, capacity, BFLOAT16, free)
+        rows = memory.rows_that_fit(config, capacity, BFLOAT16, free, on_gpu=True)
     except ValueError:
         rows = 0
-    work = memory.working_bytes(config, capacity, BFLOAT16)
-    row = memory.row_bytes(config, capacity, BFLOAT16)
-    cache = cache_bytes(name, rows, capacity) if rows else 0
     if rows:
-        assert weights_of(name) + cache + work <= card * GB
-        assert weights_of(name) + rows * row + work <= card * GB
+        prompt = min(capacity, 2300)
+        for how in (Tiled, Flash):
+            held = weights_of(name) + cache_bytes(name, rows, capacity)
+            held += step_peak(name, how, rows, capacity)
+            held += rows * config.vocab_size * BFLOAT16
+            held += prefill_peak(name, how, (prompt,) * max(1, 8192 // prompt), monkeypatch)
+            assert held + 1 * GB <= card * GB
     if rows < memory.MOST_ROWS:
+        work = memory.working_bytes(config, capacity, BFLOAT16, on_gpu=True)
+        row = memory.row_bytes(config, capacity, BFLOAT16)
         assert (rows + 1) * row + work > memory.SHARE * free
 
 
@@ -74,13 +140,13 @@ def test_which_models_run_at_the_papers_length(name, card, fits):
     config = Config.from_dict(REAL[name])
     free = card * GB - weights_of(name)
     if fits:
-        assert memory.rows_that_fit(config, 16600, BFLOAT16, free) >= 1
+        assert memory.rows_that_fit(config, 16600, BFLOAT16, free, on_gpu=True) >= 1
         return
     with pytest.raises(ValueError) as caught:
-        memory.rows_that_fit(config, 16600, BFLOAT16, free)
+        memory.rows_that_fit(config, 16600, BFLOAT16, free, on_gpu=True)
     message = str(caught.value)
     row = memory.row_bytes(config, 16600, BFLOAT16)
-    needed = (memory.working_bytes(config, 16600, BFLOAT16) + row) / memory.SHARE
+    needed = (memory.working_bytes(config, 16600, BFLOAT16, on_gpu=True) + row) / memory.SHARE
     assert f"one row of 16,600 positions needs {needed / GB:.1f} GB" in message
     assert f"{free / GB:.1f} GB are free" in message
     assert "\n" not in message
@@ -109,7 +175,8 @@ def test_a_card_that_holds_a_model_and_a_row_is_enough():
     cache = cache_bytes("R1-Distill-Qwen-7B", 1, 16600)
     work = memory.working_bytes(config, 16600, BFLOAT16)
     scores = 12 * 2 ** 27  # of one block of queries, in float32, with their softmax
-    assert work < scores + 2 * cache + 1.5 * GB
+    mask = 4 * 8192 * 16600
+    assert work < scores + mask + 2 * cache + 1.5 * GB
 
 
 # ------------------------------------------------------------------------------- what is there now

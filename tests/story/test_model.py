@@ -1,5 +1,5 @@
-"""The decoder: the golden data, transformers where it is installed, the adapter's silence, work in
-blocks, and what a config means."""
+"""The decoder: the golden data, transformers where it is installed, the adapter's silence, and what
+a config means."""
 import copy
 import math
 
@@ -112,13 +112,13 @@ def test_golden_routing(case, monkeypatch):
     if "debug.router.indices.row0" not in case.tensors:
         pytest.skip("no experts")
     seen = []
-    all_experts = room.Experts.all_experts
+    forward = room.Experts.forward
 
     def noted(self, x, weights, chosen):
         seen.append((weights, chosen))
-        return all_experts(self, x, weights, chosen)
+        return forward(self, x, weights, chosen)
 
-    monkeypatch.setattr(room.Experts, "all_experts", noted)
+    monkeypatch.setattr(room.Experts, "forward", noted)
     case.model(torch.tensor([case.rows[0]]))
     assert len(seen) == len(case.model.model.layers)
     for layer, (weights, chosen) in enumerate(seen):
@@ -208,76 +208,7 @@ def test_embeddings_may_stand_for_ids(kind):
     assert torch.equal(model(model.model.embed_tokens(ids)), model(ids))
 
 
-# -------------------------------------------------------------------------------- work in blocks
-
-
-@pytest.fixture
-def attended(monkeypatch):
-    """Sizes (rows, queries, keys) of each call of `attend`."""
-    calls = []
-    attend = room.attend
-
-    def noted(q, k, v, mask, sinks):
-        calls.append((q.shape[0], q.shape[1], k.shape[2]))
-        return attend(q, k, v, mask, sinks)
-
-    monkeypatch.setattr(room, "attend", noted)
-    return calls
-
-
-def test_a_long_prefill_goes_in_blocks_of_queries(attended):
-    """Where the scores would be large; really several, and each right. With one layer, keys and
-    values do not depend on the blocks, so that the last positions can be done again alone."""
-    model = random_model(
-        "qwen2", num_attention_heads=1024, num_key_value_heads=1, head_dim=2, num_hidden_layers=1)
-    ids = random_ids(1, 365)
-    cache = model.new_cache(1, 365)
-    whole = model(ids, cache=cache)
-    queries = [count for _, count, _ in attended]
-    assert len(queries) > 1
-    assert sum(queries) == 365
-    again = queries[-1] + 2
-    cache.set_lengths([365 - again])
-    close(whole[:, -again:], model(ids[:, -again:], cache=cache))
-    close(whole[:, :40], model(ids[:, :40]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", (1, 3))
-def test_rows_attend_in_blocks_of_their_own_length(attended, monkeypatch, kind, count):
-    """Rows side by side that are short read few slots, whatever the others hold; each row's hidden
-    states are those of the row alone. The last block is not full."""
-    model = random_model(kind)
-    lengths = [40, 37, 33, 12, 9, 8, 5]
-    rows = [random_prompt(length) for length in lengths]
-    ids = torch.tensor([row + [0] * (40 - len(row)) for row in rows])
-    cache = model.new_cache(7, 64)
-    model(ids, cache=cache)
-    cache.set_lengths(lengths)
-    new = random_ids(7, count, seed=5)
-    attended.clear()
-    monkeypatch.setattr(room, "ROWS_AT_ONCE", 3)
-    hidden = model(new, cache=cache)
-
-    blocks = set(attended)
-    assert {rows for rows, _, _ in blocks} == {3, 1}
-    unwindowed = {(3, count, 40 + count), (3, count, 12 + count), (1, count, 5 + count)}
-    assert unwindowed <= blocks
-    if kind == "gpt_oss":  # the window of 6 begins at that of the block's shortest row
-        windowed = {(3, count, 40 + count - 28), (3, count, 12 + count - 3)}
-        assert windowed <= blocks
-    for found, row, more in zip(hidden, rows, new.tolist()):
-        close(found, model(torch.tensor([row + more]))[0, -count:])
-
-
-def test_experts_one_by_one_and_all_together():
-    """GPT-OSS computes few tokens with all experts at once, many with one expert after another: the
-    same, either way."""
-    model = random_model("gpt_oss", num_hidden_layers=2)
-    ids = random_ids(1, 400)
-    cache = model.new_cache(1, 400)
-    pieces = [model(piece, cache=cache) for piece in ids.split(100, 1)]
-    close(model(ids), torch.cat(pieces, 1))
+# ------------------------------------------------------------------------------ waits for the device
 
 
 class Waits(TorchDispatchMode):
@@ -309,20 +240,6 @@ def test_the_experts_loop_waits_once_a_layer(monkeypatch):
     with Waits(monkeypatch) as waits:
         model(ids)
     assert waits.count == len(model.model.layers)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", (8, 200))
-def test_a_step_never_asks_the_device(kind, rows):
-    """On meta there is no data: any .item(), .tolist() or data-dependent shape in a decode step
-    raises."""
-    model = meta_model(raw_config(kind)).to("meta")
-    cache = model.new_cache(rows, 64)
-    cache.advance(20)
-    ids = torch.zeros(rows, 1, dtype=torch.int64, device="meta")
-    hidden = model.run(ids, cache, 32)
-    assert hidden.shape == (rows, 1, 32)
-    assert model.logits(hidden[:, 0]).shape == (rows, 61)
 
 
 # -------------------------------------------------------------------------------------- arithmetic

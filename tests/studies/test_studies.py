@@ -379,7 +379,7 @@ def test_attention_of_the_last_position(kind):
     model = random_model(kind)
     stop = lively(model, m=3)
     prefix = random_ids(20).tolist()
-    plain = modeling.attend
+    plain = model.attend
     with torch.inference_mode():
         direct, chance = direct_weights(model, stop, prefix)
     totals = []
@@ -396,7 +396,7 @@ def test_attention_of_the_last_position(kind):
         assert min(totals) < 0.95
     else:
         assert totals == pytest.approx([1] * len(direct), abs=1e-5)
-    assert modeling.attend is plain
+    assert model.attend is plain
 
 
 class Page(HTMLParser):
