@@ -208,7 +208,7 @@ def test_embeddings_may_stand_for_ids(kind):
     assert torch.equal(model(model.model.embed_tokens(ids)), model(ids))
 
 
-# ------------------------------------------------------------------------------ waits for the device
+# ---------------------------------------------------------------------------- waits for the device
 
 
 class Waits(TorchDispatchMode):
