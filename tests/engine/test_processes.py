@@ -129,7 +129,7 @@ if processes.rank() == 1:
     sys.exit(2)
 processes.wait_for_all()
 """)
-    status, _, err = run_script(str(script), [], processes=2, timeout=100)
+    status, _, err = run_script(str(script), [], processes=2)
     assert status != 0
     assert err.count("error: found no problem") == 1
 
@@ -251,7 +251,7 @@ def is_alive(pid):
     return False
 
 
-def wait_for(condition, seconds=100):
+def wait_for(condition, seconds=200):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -287,7 +287,7 @@ def test_workers_whose_launcher_was_killed_end_and_release_the_lock(tmp_path):
     assert all(map(is_alive, pids))
     running.send_signal(signal.SIGKILL)
     running.communicate(timeout=100)
-    wait_for(lambda: not any(map(is_alive, pids)), 30)
+    wait_for(lambda: not any(map(is_alive, pids)))
 
 
 def square(number, folder):
@@ -350,7 +350,7 @@ def test_a_parent_that_dies_leaves_no_orphans(tmp_path):
     pids = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
     running.send_signal(signal.SIGKILL)
     running.communicate(timeout=100)
-    wait_for(lambda: not any(map(is_alive, pids)), 30)
+    wait_for(lambda: not any(map(is_alive, pids)))
 
 
 CLOSED = """
