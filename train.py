@@ -240,13 +240,13 @@ def sum_gradients(stop):
 
 def gradient_norms(stop):
     """The gradient's norm of each of the three trained parts."""
+    parts = dict(stop.named_parameters())
+    squares = torch.stack([part.grad.square().sum() for part in parts.values()])
+    squares = dict(zip(parts, squares.tolist()))  # one wait for the device
     norms = {}
     for group in ("tokens", "lora", "head"):
-        squares = 0.0
-        for name, parameter in stop.named_parameters():
-            if name.startswith(group):
-                squares += parameter.grad.square().sum().item()
-        norms[f"grad_{group}"] = math.sqrt(squares)
+        total = sum(square for name, square in squares.items() if name.startswith(group))
+        norms[f"grad_{group}"] = math.sqrt(total)
     return norms
 
 

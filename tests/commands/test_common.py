@@ -1,19 +1,38 @@
-"""What the command lines share: the line about a chat format whose turns do not end a path."""
+"""commands/common.py: what a command does with the device that it is told."""
 import types
 
 import pytest
+import torch
 
-from commands.common import unstopped_turn
-
-CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-IDS = {"<|im_end|>": 7, "<|eot_id|>": 8}
+from commands import common
 
 
-@pytest.mark.parametrize("frame, eos_ids, mark", [
-    (CHATML, (7,), None), (CHATML, (3, 7), None), (CHATML, (3,), "<|im_end|>"),
-    ("<|user|>{}<|eot_id|>", (), "<|eot_id|>"), ("{}", (3,), None),
-    ("<|im_end|>{}", (3,), None), ("<｜User｜>{}<｜Assistant｜>", (3,), None)])
-def test_a_turn_that_ends_no_path_is_named(frame, eos_ids, mark):
-    tokenizer = types.SimpleNamespace(
-        chat=frame.format, library=types.SimpleNamespace(token_to_id=IDS.get))
-    assert unstopped_turn(tokenizer, eos_ids) == mark
+class Reached(Exception):
+    """The model would be loaded now."""
+
+
+@pytest.mark.parametrize("device, expected", (
+    ("cuda:1", ["cuda:1"]), ("cuda:0", ["cuda:0"]), ("cuda", []), ("cpu", [])))
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch, device, expected):
+    """Before anything is put there: streams, captures and workspaces go to the current one."""
+    current = []
+
+    def load(path, device, dtype):
+        raise Reached
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(common, "load", load)
+    settings = types.SimpleNamespace(
+        model="it", device=device, dtype="bfloat16", attention=None, chat_format=None)
+    with pytest.raises(Reached):
+        common.open_model(settings)
+    assert current == expected
+
+
+@pytest.mark.parametrize("attention", ("sdpa", "Flash", "plain,flash"))
+def test_an_unknown_attention_is_refused(attention):
+    settings = types.SimpleNamespace(
+        model="it", device="cpu", dtype="float32", attention=attention, chat_format=None)
+    with pytest.raises(ValueError, match=f"attention: found '{attention}', expected plain or flash"):
+        common.open_model(settings)
