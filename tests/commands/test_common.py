@@ -34,5 +34,5 @@ def test_a_gpu_that_is_named_is_the_current_one(monkeypatch, device, expected):
 def test_an_unknown_attention_is_refused(attention):
     settings = types.SimpleNamespace(
         model="it", device="cpu", dtype="float32", attention=attention, chat_format=None)
-    with pytest.raises(ValueError, match=f"attention: found '{attention}', expected plain or flash"):
+    with pytest.raises(ValueError, match=f"attention: found '{attention}', expected plain or"):
         common.open_model(settings)
