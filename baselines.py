@@ -3,8 +3,8 @@
 Type I looks at the text from outside, type II has a second model judge it, type III reads the
 model's own confidence. There is one function for each type, and two for type I. All take the
 records of `sample.sample_paths`, read the first `prefix` tokens of every path, and return one
-score a path, problem by problem: a higher score means keep. `eval.py` compares them with STOP
-(type IV).
+score a path, problem by problem: a higher score means keep (`confidence`, several kinds of it, by
+name). `eval.py` compares them with STOP (type IV).
 """
 import dataclasses
 import operator
@@ -15,15 +15,34 @@ import torch
 from plumbing.problems import instruction
 from plumbing.progress import progress
 
-JUDGE = "judge (II)"
+
+class Signal(str):
+    """The name of what scores paths, as reports have it: "judge (II)"; its two parts are fields."""
+
+    def __new__(cls, scorer, type=""):
+        """type: the paper's, I to IV; "" of what is none of them."""
+        signal = super().__new__(cls, f"{scorer} ({type})" if type else scorer)
+        signal.scorer = scorer
+        signal.type = type
+        return signal
+
+    @classmethod
+    def of(cls, name):
+        """A name as a Signal; one that is only a text has no type."""
+        return name if isinstance(name, cls) else cls(name)
+
+
+JACCARD = Signal("Jaccard", "I")
+COVER = Signal("token set cover", "I")
+JUDGE = Signal("judge", "II")
 CONFIDENCES = (
-    "mean log-probability (III)",
-    "minus entropy (III)",
-    "DeepConf mean (III)",
-    "DeepConf lowest group (III)",
-    "DeepConf bottom 10% (III)",
-    "DeepConf tail (III)",
-    "Think Just Enough (III)",
+    Signal("mean log-probability", "III"),
+    Signal("minus entropy", "III"),
+    Signal("DeepConf mean", "III"),
+    Signal("DeepConf lowest group", "III"),
+    Signal("DeepConf bottom 10%", "III"),
+    Signal("DeepConf tail", "III"),
+    Signal("Think Just Enough", "III"),
 )
 TOP = 20  # the k of DeepConf and of Think Just Enough
 

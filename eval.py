@@ -4,9 +4,11 @@
     python eval.py --model M --stop S --data test.jsonl --judge Qwen/Qwen2.5-Math-PRM-7B
     torchrun --nproc-per-node 8 -- eval.py --model M --stop S --data test.jsonl
 
-N full paths of each problem are sampled once, graded and stored. Every scorer, of types I to IV,
-scores their prefixes, the best k of each problem are kept, and the kept paths are compared. The
-tokens of a path do not depend on which others are pruned: all scorers choose among the same paths.
+N full paths of each problem are sampled once and graded. Every scorer, of types I to IV, scores
+their prefixes, the best k of each problem are kept, and the kept paths are compared. The tokens of
+a path do not depend on which others are pruned: all scorers choose among the same paths.
+
+`protocol` does this in plain steps; the script runs engine/protocol.py, which stores the paths.
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
@@ -14,16 +16,58 @@ import math
 
 import numpy as np
 
-from baselines import JUDGE
+from baselines import (
+    CONFIDENCES, COVER, JACCARD, JUDGE, Signal, confidence, judge_scores, redundancy,
+    token_set_cover)
 from plumbing.answers import same_answer
+from plumbing.progress import progress
 from plumbing.statistics import (
     Interval, auroc, calibration_error, interval, pairwise_accuracy, spearman)
+from sample import sample_paths
 from stop import vote
 
-STOP = "STOP (IV)"
+STOP = Signal("STOP", "IV")
+RANDOM = Signal("random")
 COLUMNS = (
     "avg", "gain", "stop_minus", "cons", "weighted", "pass", "tokens", "saved",
     "auroc", "spearman", "pairwise", "calibration")
+
+
+def protocol(model, tokenizer, stop, problems, n, keep, prefix, limit, sampling, judge=None):
+    """The report on all scorers, for n paths of at most `limit` new tokens a problem, of which
+    `keep` go on at `prefix` tokens. judge: its (Decoder, Tokenizer), or None."""
+    records = sample_paths(model, tokenizer, problems, n, limit, sampling)
+    scorers = {RANDOM: random_scores(records)}
+    scorers |= all_scores(model, tokenizer, stop, problems, records, prefix, judge)
+    return evaluate(problems, records, scorers, prefix, keep)
+
+
+def random_scores(records):
+    """(paths,) what knows nothing."""
+    return np.random.default_rng(0).random(len(records) * len(records[0]["paths"]))
+
+
+def all_scores(model, tokenizer, stop, problems, records, prefix, judge=None, window=None,
+               aggregate="last"):
+    """{Signal: scores (paths,)} of the prefixes, by all that there is. window: DeepConf's, in
+    tokens; None: an eighth of the prefix. aggregate: of the judge's rewards."""
+    if window is None:
+        window = max(1, prefix // 8)
+    confidences = confidence(model, records, prefix, window)
+    chances = np.exp(confidences[CONFIDENCES[0]])  # of a token, geometric mean
+    scores = {
+        JACCARD: redundancy(records, prefix),
+        COVER: token_set_cover(records, prefix, chances)}
+    if judge is not None:
+        scores[JUDGE] = judge_scores(*judge, tokenizer, problems, records, prefix, aggregate)
+    scores |= confidences
+    prefixes = []
+    for record in records:
+        prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
+    with progress("check", len(prefixes), "prefix") as bar:
+        chances = stop.score(model, prefixes, batch=64, bar=bar)
+    scores[STOP] = chances.double().cpu().numpy()
+    return scores
 
 
 def select(scores, keep):
@@ -77,11 +121,10 @@ def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
     lengths = np.array([list(map(len, record["paths"])) for record in records])
     kept = np.array([select(line, keep) for line in scores])  # (problems, keep)
     hits = np.take_along_axis(right, kept, axis=1)
-    values = {  # (problems,) each
-        "avg": hits.mean(1),
-        "gain": hits.mean(1) - right.mean(1),
-        "pass": hits.max(1),
-    }
+    average = hits.mean(1)
+    values = {"avg": average}  # (problems,) each
+    values["gain"] = average - right.mean(1)
+    values["pass"] = hits.max(1)
     values["cons"] = vote_accuracy(problems, records, kept, np.ones_like(scores))
     if (scores >= 0).all():
         values["weighted"] = vote_accuracy(problems, records, kept, scores)
@@ -94,25 +137,19 @@ def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
     return row | metrics(scores, right, chances)
 
 
-def evaluate(problems, records, scorers, prefix, keep, reread=()):
-    """The report on scorers, {name: scores (paths,)}; its row "all n" is what no pruning gives.
-    reread: names of those that read the prefixes again, at a cost in tokens.
-    ValueError where a score is not a number."""
+def evaluate(problems, records, scorers, prefix, keep):
+    """The report on scorers, {name or Signal: scores (paths,)}; its row "all n" is what no pruning
+    gives. ValueError where a score is not a number."""
     n = len(records[0]["paths"])
     shape = (len(records), n)
+    rows = {Signal(f"all {n}"): worth(problems, records, np.ones(shape), prefix, keep=n)}
     for name, scores in scorers.items():
-        if not np.isfinite(scores).all():
-            place = np.isfinite(scores).argmin()
-            problem = records[place // n]["id"]
-            raise ValueError(
-                f"{name}: found {scores[place]}, expected a score for each path of {problem}")
-
-    rows = {f"all {n}": worth(problems, records, np.ones(shape), prefix, keep=n)}
-    for name, scores in scorers.items():
+        require_numbers(name, scores, records)
+        signal = Signal.of(name)
+        rereads = signal.type == "II"           # a second model reads the prefixes again
+        chances = signal.type in ("II", "IV")  # trained to be the chance of being right
         grid = np.reshape(scores, shape)
-        trained = name.endswith(("(II)", "(IV)"))
-        rows[name] = worth(
-            problems, records, grid, prefix, keep, reread=name in reread, chances=trained)
+        rows[signal] = worth(problems, records, grid, prefix, keep, rereads, chances)
     if STOP in rows:
         for row in rows.values():
             ahead = rows[STOP]["per_problem"]["avg"] - row["per_problem"]["avg"]
@@ -127,6 +164,16 @@ def evaluate(problems, records, scorers, prefix, keep, reread=()):
     }
 
 
+def require_numbers(name, scores, records):
+    """Raise ValueError where a score (paths,) is NaN or infinite."""
+    finite = np.isfinite(scores)
+    if not finite.all():
+        place = finite.argmin()
+        problem = records[place // len(records[0]["paths"])]["id"]
+        raise ValueError(
+            f"{name}: found {scores[place]}, expected a score for each path of {problem}")
+
+
 # The report
 
 
@@ -139,16 +186,13 @@ def cell(value):
 
 def table(report):
     """The report in Markdown, like the paper's Table 2. [low, high]: 95% interval over problems."""
-    lines = [
-        "{problems} problems, {n} paths each, {keep} kept at {prefix} tokens".format(**report),
-        "",
-        f"| type | scorer | {' | '.join(COLUMNS)} |",
-        "|" + " --- |" * (len(COLUMNS) + 2),
-    ]
-    for name, row in report["rows"].items():
-        scorer, _, kind = name.removesuffix(")").partition(" (")
+    title = "{problems} problems, {n} paths each, {keep} kept at {prefix} tokens".format(**report)
+    head = f"| type | scorer | {' | '.join(COLUMNS)} |"
+    rule = "|" + " --- |" * (len(COLUMNS) + 2)
+    lines = [title, "", head, rule]
+    for signal, row in report["rows"].items():
         cells = [cell(row.get(column, math.nan)) for column in COLUMNS]
-        lines.append(f"| {kind} | {scorer} | {' | '.join(cells)} |")
+        lines.append(f"| {signal.type} | {signal.scorer} | {' | '.join(cells)} |")
     if JUDGE not in report["rows"]:
         lines += ["", "Type II is left out: no judge was given (--judge)."]
     return "\n".join(lines)

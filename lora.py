@@ -28,21 +28,23 @@ class Linear(nn.Linear):
 
 
 class LoRA(nn.Module):
-    """Low-rank pairs for the linears of `model` whose last name is in `targets`.
+    """Low-rank pairs for the linears of `model` whose last name is in `targets`; None: in TARGETS.
 
     Parameters are named as PEFT names them on disk: `<linear's name>.lora_A.weight` (r, in) and
     `.lora_B.weight` (out, r). They are float32 also beside a bfloat16 model.
     Raises ValueError on a target that the model does not have.
     """
 
-    def __init__(self, model, rank, alpha, targets, dropout=0.0, seed=0):
+    def __init__(self, model, rank, alpha, targets=None, dropout=0.0, seed=0):
         super().__init__()
         self.rank = rank
         self.alpha = alpha
-        self.targets = tuple(targets)
         self.dropout = dropout
         linears = {name: part for name, part in model.named_modules() if isinstance(part, Linear)}
         known = {_last(name) for name in linears}
+        if targets is None:
+            targets = [target for target in TARGETS if target in known]
+        self.targets = tuple(targets)
         for target in self.targets:
             if target not in known:
                 names = ", ".join(sorted(known))

@@ -1,16 +1,15 @@
-"""Batched sampling on the static cache (section 5 has the settings), and paths stored for later
-use.
+"""Batched sampling on the static cache (section 5 has the settings).
 
-python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
+    python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
 
 A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): neither another
-row of the batch, nor the number of rows, nor who was pruned has a part in it.
+row of the batch, nor the number of rows, nor who was pruned has a part in it. So a batch that works
+in another order gives the same tokens: engine/refill.py is the one that the scripts run.
 
 Letters: B rows, V vocabulary.
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
-import collections
 import dataclasses
 import math
 
@@ -18,13 +17,12 @@ import numpy as np
 import torch
 
 from plumbing import memory
-from plumbing.cuda_graph import DecodeStep
+from plumbing.grading import grade
 
 # splitmix64's constants, as the signed 64-bit numbers that torch can hold
 GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64
 FACTOR_1 = 0xBF58476D1CE4E5B9 - 2 ** 64
 FACTOR_2 = 0x94D049BB133111EB - 2 ** 64
-SPARE = 256  # logits looked at beyond the k largest, so that ties with the k-th are seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,39 +97,38 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
 
     A tie with the last token kept stays, in both. top_k 0 and top_p 1 are off. Temperature 0 is
     one-hot at the largest logit, the lowest id of equals."""
-    Sampling(temperature, top_k, top_p)  # refuses what describes no distribution
+    return distribution(logits, Sampling(temperature, top_k, top_p))
+
+
+def k_largest(logits, k):
+    """The k largest of logits (..., V), in falling order."""
+    return logits.topk(k).values
+
+
+def distribution(logits, sampling, k_largest=k_largest):
+    """`probabilities` for a Sampling, whose settings have been validated."""
     logits = logits.float()
-    if temperature < 1e-30:  # so small a number would divide to nan
-        peak, best = logits.max(-1, keepdim=True)
-        one = peak - peak + 1  # nan where the logits are not finite, which `draw` shows as V
-        return torch.zeros_like(logits).scatter_(-1, best, one)
-    logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    if sampling.temperature < 1e-30:  # so small a number would divide to nan
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, best, 1.0)
+    logits = (logits - logits.amax(-1, keepdim=True)).div_(sampling.temperature)
     V = logits.shape[-1]
-    if top_k == 0 or top_k > V:
-        top_k = V
-    if top_k == V and top_p == 1:
+    k = V if sampling.top_k == 0 else min(sampling.top_k, V)
+    if k == V and sampling.top_p == 1:
         return logits.softmax(-1)
 
-    # Totals in float64: rounded to float32 they do not depend on the zeros between (see `choose`).
-    largest = _largest(logits, top_k)
+    # Totals in float64: rounded to float32 they do not depend on the zeros between, so that fewer
+    # logits, of the likeliest tokens only, give the same numbers.
+    largest = k_largest(logits, k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
-    if top_p < 1:
+    if sampling.top_p < 1:
         mass = largest.exp()
         before = mass.cumsum(-1) - mass  # of the tokens larger than each
-        stays = before < top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
-        last = (stays.sum(-1, keepdim=True) - 1).clamp(min=0)  # a row of nan has none that stays
+        stays = before < sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
+        last = stays[..., 1:].sum(-1, keepdim=True)  # its place; the first stays always
         weights.mul_(logits >= largest.gather(-1, last))
     total = weights.sum(-1, keepdim=True, dtype=torch.float64)
     return weights.div_(total.float())
-
-
-def _largest(logits, count):
-    """The `count` largest of logits (..., V), in falling order."""
-    if logits.device.type == "cpu" and logits.shape[-1] <= 1024:  # numpy is faster there
-        array = logits.detach().numpy()
-        top = np.sort(np.partition(array, -count)[..., -count:])
-        return torch.from_numpy(top).flip(-1)
-    return logits.topk(count).values
 
 
 def draw(probs, noise):
@@ -140,32 +137,6 @@ def draw(probs, noise):
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     target = noise[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def choose(logits, noise, sampling):
-    """The token that `draw` takes from `probabilities` for each row: logits (B, V), noise (B,) ->
-    (B,).
-
-    A large vocabulary is not looked at in full. The k + SPARE largest logits, put back in the
-    order of their ids, give the same distribution and the same cumulative sums. Only where the
-    smallest of them still ties with the k-th may there be more: such a row is done in full."""
-    temperature, top_k, top_p = sampling.temperature, sampling.top_k, sampling.top_p
-    count = top_k + SPARE
-    if top_k == 0 or count >= logits.shape[-1]:
-        return draw(probabilities(logits, temperature, top_k, top_p), noise)
-    largest = logits.topk(count)  # (B, count), falling
-    ids, order = largest.indices.sort(-1)
-    candidates = largest.values.gather(-1, order)
-    place = draw(probabilities(candidates, temperature, top_k, top_p), noise)
-    beyond = place == count  # nan or infinity: no place at all
-    tokens = ids.gather(-1, place.clamp(max=count - 1)[:, None])[:, 0]
-    tokens = torch.where(beyond, logits.shape[-1], tokens)
-    fall = (largest.values.float() - largest.values[:, :1].float()).div_(max(temperature, 1e-30))
-    tied = fall[:, -1] == fall[:, top_k - 1]
-    if tied.any():
-        probs = probabilities(logits[tied], temperature, top_k, top_p)
-        tokens[tied] = draw(probs, noise[tied])
-    return tokens
 
 
 # -------------------------------------------------------------------------------- paths and batch
@@ -177,7 +148,7 @@ class Path:
     prompt_ids: list
     index: int                     # which path of its prompt: it fixes the noise
     ids: list = dataclasses.field(default_factory=list)
-    status: str = "running"        # running (or waiting), eos, length, pruned, decided (stop.py)
+    status: str = "running"        # running, eos, length, pruned (stop.py), decided (engine/)
     score: float | None = None     # at its last check, the chance that it ends right
     branches: tuple = ()           # at each branching, which of the copies it is
     inherited: int = 0             # how many of `ids` were decoded before it branched off
@@ -234,105 +205,58 @@ def _prefill_one_pass(model, prompts):
     return cache, hidden[range(len(prompts)), ends]
 
 
-class Prompts:
-    """Prompts that were read once and are copied to every row where one of their paths begins."""
-    AHEAD = 16  # prompts read in one go
-
-    def __init__(self, model, sampling):
-        self.model = model
-        self.sampling = sampling
-        self.cache = None
-        self.places = {}  # prompt -> its row in `cache`
-        self.keys = {}    # prompt -> its folded noise key
-
-    def read(self, paths, waiting):
-        """Make sure that the prompts of `paths` are read; if not, with some of those `waiting`."""
-        wanted = {tuple(path.prompt_ids) for path in paths}
-        if wanted <= self.places.keys():
-            return
-        for path in waiting:
-            if len(wanted) >= self.AHEAD:
-                break
-            wanted.add(tuple(path.prompt_ids))
-        prompts = sorted(wanted, key=len)  # like lengths together: little padding
-        self.cache, _ = prefill(self.model, prompts)
-        # The last token of a prompt is decoded as a path's newest token is: in the next step.
-        self.cache.set_lengths([len(prompt) - 1 for prompt in prompts])
-        self.places = {prompt: row for row, prompt in enumerate(prompts)}
-        self.keys = {prompt: prompt_key(self.sampling.seed, prompt) for prompt in prompts}
-
-
 class Batch:
-    """Paths decoded together on one static cache: row r of the cache is the path live[r].
+    """Paths of one prompt, decoded together on one static cache: row r of it is the path live[r].
 
-    More paths than rows wait, and begin as rows become free. A path's newest token (or its prompt's
-    last one) is `pending`: not yet in the cache. `settle` puts it there and gives the hidden states
-    from which the next tokens are drawn. `decoded` counts rows x steps as they were computed.
+    A path's newest token (or its prompt's last one) is `pending`: not yet in the cache. `settle`
+    puts it there and gives the hidden states from which the next tokens are drawn. `decoded` counts
+    the tokens that were computed, rows x steps.
     """
-    BEGIN_AT_ONCE = 64
-    SORT_EVERY = 32  # steps until rows of like length are put side by side: they read fewer slots
 
-    def __init__(self, model, paths, rows, capacity, limit, sampling, eos_ids=None, bar=None,
-                 on_end=None):
-        """rows: at most so many at a time. capacity: positions of a row. limit: new tokens of a
-        path. bar: of plumbing.progress, counts tokens, its total at first limit x paths.
-        on_end(path) is called as each path ends."""
+    def __init__(self, model, paths, capacity, limit, sampling, eos_ids=None):
+        """paths: new ones. capacity: positions of a row. limit: new tokens of a path. eos_ids: end
+        tokens; None: the model's own."""
         self.model = model
-        self.waiting = collections.deque(paths)
+        self.live = list(paths)
         self.limit = limit
         self.sampling = sampling
         self.eos_ids = set(model.config.eos_ids if eos_ids is None else eos_ids)
-        self.bar = bar
-        self.on_end = on_end
-        self.prompts = Prompts(model, sampling)
-        self.model_step = DecodeStep(model)
-        self.steps = 0
         self.decoded = 0
+        self._launch(capacity)
 
-        rows = min(rows, len(self.waiting))
-        device = model.device
-        self.cache = model.new_cache(rows, capacity)
-        self.live = [None] * rows
-        self.free = []  # rows whose path has ended
-        self.keys = torch.zeros(rows, dtype=torch.int64, device=device)     # (B,) of the noise
+    def _launch(self, capacity):
+        """The prompt is read once, and every row begins as a copy of it."""
+        rows = len(self.live)
+        device = self.model.device
+        prompt = self.live[0].prompt_ids
+        read, _ = prefill(self.model, [prompt])
+        read.set_lengths([len(prompt) - 1])  # its last token is put in place by the first step
+        self.cache = self.model.new_cache(rows, capacity)
+        self.cache.copy_rows(list(range(rows)), read, [0] * rows)
+        keys = [path_key(self.sampling.seed, prompt, path.index) for path in self.live]
+        self.keys = as_int64(keys).to(device)                               # (B,) of the noise
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)    # (B,) new tokens so far
-        self.pending = torch.zeros(rows, dtype=torch.int64, device=device)  # (B,) token ids
+        self.pending = torch.full((rows,), prompt[-1], device=device)       # (B,) token ids
         self.hidden = None  # (B, hidden) once the pending tokens are in the cache
-        self._begin(list(range(rows)))
 
     def decode(self, until):
-        """Decode until each path has ended or holds `until` new tokens. Then only running ones are
-        live. ValueError while paths wait and `until` is less than their limit: no row would become
-        free for them."""
-        if self.waiting and until < self.limit:
-            raise ValueError(f"until: found {until}, expected the limit of {self.limit} while "
-                             f"{len(self.waiting)} paths wait for a row")
-        while any(path.status == "running" and len(path.ids) < until for path in self.live):
+        """Decode until each path has ended or holds `until` new tokens. Rows of ended paths leave
+        the batch."""
+        while any(len(path.ids) < until for path in self.live):
             self.settle()
-            tokens = self._draw()
-            self._append(tokens)
-            self._fill_free_rows()
-        self._keep_running()
+            self._append(self._draw())
+            self._keep_running()
 
     def settle(self):
         """Put the pending tokens into the cache, so that it holds every path in full."""
         if self.hidden is None and self.live:
-            self.hidden = self.model_step(self.pending, self.cache)
+            self.hidden = self.model(self.pending[:, None], cache=self.cache)[:, 0]
 
-    def prune(self, paths, status="pruned"):
+    def prune(self, paths):
         """These paths end here, and their rows leave the batch."""
         for path in paths:
-            if path.status == "running":
-                self._end(path, status)
-            path.status = status  # also of one that ended before: its end was told then
+            path.status = "pruned"
         self._keep_running()
-
-    def finish(self, status):
-        """All paths end here; what waits never begins."""
-        self.waiting.clear()
-        for path in self.live:
-            if path.status == "running":
-                self._end(path, status)
 
     def resume(self, copies, capacity):
         """Go on with the live paths in rows of `capacity` positions, each as `copies` paths.
@@ -344,135 +268,114 @@ class Batch:
             branched = [path.branch(number) for number in range(1, copies)]
             if branched:
                 path.branches += (0,)  # copy 0 is the path itself
-            rows += [row] * copies
             live += [path, *branched]
+            rows += [row] * copies
             new_paths += branched
-        if not rows:
-            return []
-        self.live = live
-        self.cache.rebuild(rows, capacity)
-        self.model_step.forget()
-        self.drawn = self.drawn[rows]
-        self.pending = self.pending[rows]
-        if self.hidden is not None:
-            self.hidden = self.hidden[rows]
-        keys = self.keys[rows]
-        number = torch.arange(len(rows), device=keys.device) % copies  # 0, 1, .. of each path
-        self.keys = torch.where(number == 0, keys, branch_key(keys, self.drawn, number))
-        if self.bar is not None:
-            self.bar.total += sum(self.limit - len(path.ids) for path in new_paths)
+        if rows:
+            self.live = live
+            self.cache.rebuild(rows, capacity)
+            self._take_rows(rows)
+            number = torch.arange(len(rows), device=self.keys.device) % copies  # 0, 1, .. of each
+            branch_keys = branch_key(self.keys, self.drawn, number)
+            self.keys = torch.where(number == 0, self.keys, branch_keys)
         return new_paths
 
-    def _begin(self, rows):
-        """The next waiting paths begin in these rows: each is a copy of its prompt's."""
-        for start in range(0, len(rows), self.BEGIN_AT_ONCE):
-            self._begin_some(rows[start:start + self.BEGIN_AT_ONCE])
-
-    def _begin_some(self, rows):
-        """A few of them, so that few prompts are held beside the rows."""
-        paths = [self.waiting.popleft() for _ in rows]
-        self.prompts.read(paths, self.waiting)
-        prompts = [tuple(path.prompt_ids) for path in paths]
-        places = [self.prompts.places[prompt] for prompt in prompts]
-        self.cache.copy_rows(rows, self.prompts.cache, places)
-        keys = [mix(self.prompts.keys[prompt] ^ path.index) for prompt, path in zip(prompts, paths)]
-        for row, path in zip(rows, paths):
-            self.live[row] = path
-        self.keys[rows] = self._to_device(np.array(keys, np.uint64).view(np.int64))
-        self.drawn[rows] = 0
-        self.pending[rows] = self._to_device([prompt[-1] for prompt in prompts])
-
-    def _to_device(self, numbers):
-        return torch.as_tensor(numbers, dtype=torch.int64).to(self.model.device)
-
     def _draw(self):
-        """The next token (B,) of every row; it becomes the pending one."""
+        """The next token of every row, a list; it becomes the pending one."""
         logits = self.model.logits(self.hidden)  # (B, V)
-        noise = uniform(self.keys, self.drawn)
-        at_once = 2 ** 24 if logits.is_cuda else 2 ** 20  # numbers in a temporary
-        block = max(1, at_once // logits.shape[-1])
-        tokens = []
-        for part, numbers in zip(logits.split(block), noise.split(block)):
-            tokens.append(choose(part, numbers, self.sampling))
-        finite = logits.sum(-1, dtype=torch.float32).isfinite()  # no NaN or infinity in a row
-        self.pending = torch.where(finite, torch.cat(tokens), logits.shape[-1])
+        require_finite(logits, "logits")
+        probs = distribution(logits, self.sampling)
+        return self._drew(draw(probs, uniform(self.keys, self.drawn)))
+
+    def _drew(self, tokens):
+        """Note the tokens (B,) that were drawn for the rows -> them as a list."""
+        self.pending = tokens
         self.hidden = None
         self.drawn += 1
-        self.steps += 1
         self.decoded += len(self.live)
-        return self.pending.tolist()  # the step's one wait for the device
+        return tokens.tolist()  # the step's one wait for the device
 
     def _append(self, tokens):
-        """Each running path takes its token, and ends if it is an end token or the last one
-        allowed."""
-        if self.bar is not None:
-            self.bar.update(len(self.live) - len(self.free))
-        if max(tokens) >= self.model.config.vocab_size:  # what `_draw` gives for such a row
-            raise ValueError("logits: found NaN or infinity, expected finite numbers (overflow in "
-                             f"{self.cache.keys[0].dtype}, or damaged weights)")
-        ended = []
-        for row, path in enumerate(self.live):
-            if path.status != "running":
-                continue
-            path.ids.append(tokens[row])
-            if tokens[row] in self.eos_ids:
-                path.status = "eos"
-            elif len(path.ids) == self.limit:
-                path.status = "length"
-            if path.status != "running":
-                self.free.append(row)
-                ended.append(path)
-        for path in ended:  # behind the loop: on_end may `finish` others, but none of this step's
-            self._end(path, path.status)
+        """Each path takes its token, and ends if it is an end token or the last one allowed."""
+        for path, token in zip(self.live, tokens):
+            self._take(path, token)
 
-    def _end(self, path, status):
-        path.status = status
-        if self.bar is not None:
-            self.bar.total -= self.limit - len(path.ids)
-        if self.on_end is not None:
-            self.on_end(path)
-
-    def _fill_free_rows(self):
-        """Rows of ended paths take waiting paths; when none waits, they leave the batch."""
-        if self.waiting and self.free:
-            taken = self.free[:len(self.waiting)]
-            self.free = self.free[len(taken):]
-            self._begin(taken)
-        is_full = self.cache.longest == self.cache.capacity  # a row of an ended path grows on
-        if len(self.free) >= self.model_step.group or is_full:
-            self._keep_running()
-        # While paths wait, every free row was just filled: no row number in `free` goes stale.
-        if self.waiting and self.steps % self.SORT_EVERY == 0 and not self.model_step.captured:
-            self._rearrange(np.argsort(-self.cache.counts).tolist())
+    def _take(self, path, token):
+        path.ids.append(token)
+        if token in self.eos_ids:
+            path.status = "eos"
+        elif len(path.ids) == self.limit:
+            path.status = "length"
 
     def _keep_running(self):
-        """Go on with the rows of running paths only. A row moves only into the place of one that
-        left: of live a b c d, where b has ended: a d c, and only d is copied."""
+        """Go on with the rows of running paths only."""
         running = [row for row, path in enumerate(self.live) if path.status == "running"]
-        self.free = []
-        if len(running) == len(self.live):
-            return
-        staying = set(running)
-        order = []
-        for place in range(len(running)):
-            order.append(place if place in staying else running.pop())
-        self._rearrange(order)
+        if len(running) < len(self.live):
+            self._rearrange(running)
 
     def _rearrange(self, order):
         """Row j of the batch and of its cache becomes the old row order[j]."""
         self.live = [self.live[row] for row in order]
         self.cache.keep(order)
-        self.keys = self.keys[order]
-        self.drawn = self.drawn[order]
-        self.pending = self.pending[order]
+        self._take_rows(order)
+
+    def _take_rows(self, rows):
+        """The same for what is known of each row besides."""
+        self.keys = self.keys[rows]
+        self.drawn = self.drawn[rows]
+        self.pending = self.pending[rows]
         if self.hidden is not None:
-            self.hidden = self.hidden[order]
+            self.hidden = self.hidden[rows]
 
 
-# ------------------------------------------------------------------------------------ whole prompts
+def as_int64(keys):
+    """A tensor (B,) int64 with the bits of 64-bit keys, Python ints."""
+    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
 
 
-def check_prompts(model, prompts, longest):
+@torch.inference_mode()
+def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95,
+             seed=0, eos_ids=None):
+    """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
+
+    eos_ids: end tokens (None: the model's own). Raises ValueError on bad settings, or as
+    `validate_prompts` does. engine/refill.py has the same for many prompts and any memory."""
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    require_counts(n=n, max_new_tokens=max_new_tokens)
+    validate_prompts(model, prompts, max_new_tokens)
+    groups = []
+    for prompt in prompts:
+        paths = [Path(list(prompt), index) for index in range(n)]
+        capacity = len(prompt) + max_new_tokens
+        batch = Batch(model, paths, capacity, max_new_tokens, sampling, eos_ids)
+        batch.decode(until=max_new_tokens)
+        groups.append(paths)
+    return groups
+
+
+def sample_paths(model, tokenizer, problems, n, limit, sampling):
+    """n finished, graded paths of each problem: records in the order of the problems, {"id",
+    "prompt_ids", "answers", "right", "paths"}, the last three with an entry a path. limit: new
+    tokens of a path. engine/stored.py keeps them in a file."""
+    records = []
+    for problem in problems:
+        prompt_ids = tokenizer.ask(problem)
+        (paths,) = generate(model, [prompt_ids], n, limit, **vars(sampling))
+        ids = [path.ids for path in paths]
+        answers, right = grade(tokenizer, problem, ids)
+        records.append({
+            "id": problem.id,
+            "prompt_ids": prompt_ids,
+            "answers": answers,
+            "right": right,
+            "paths": ids})
+    return records
+
+
+# ------------------------------------------------------------------------------- what is asked for
+
+
+def validate_prompts(model, prompts, longest):
     """Raise ValueError unless every prompt is a non-empty list of known token ids with room for
     `longest` more in the model's context."""
     vocab = model.config.vocab_size
@@ -488,6 +391,13 @@ def check_prompts(model, prompts, longest):
             if not 0 <= token < vocab:
                 raise ValueError(
                     f"prompt {i}: token id {token} lies outside the vocabulary of {vocab}")
+
+
+def require_counts(**counts):
+    """Raise ValueError unless each of these numbers is at least 1, or None."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: found {value}, expected at least 1")
 
 
 def require_finite(values, what):
@@ -506,60 +416,14 @@ def room(model, prompt_ids, limit=None):
     return max(1, min(16384, model.config.max_position_embeddings - len(prompt_ids)))
 
 
-@torch.inference_mode()
-def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, batch=None, bar=None,
-               on_end=None):
-    """Sample n paths of at most `limit` new tokens for each prompt, with freed rows taking the
-    next path at once. on_complete(i, paths) is called as soon as all n paths of prompts[i] have
-    ended, in whatever order that happens; then they are let go. The rest as in `generate`."""
-    check_prompts(model, prompts, limit)
-    memory.require_paths(len(prompts) * n)
-    paths = []
-    unfinished = {}  # prompt number -> its paths so far, of which some still run
-    for number, prompt in enumerate(prompts):
-        unfinished[number] = [Path(list(prompt), index, prompt_number=number) for index in range(n)]
-        paths += unfinished[number]
-    if not paths:
-        return
-    running = collections.Counter({number: n for number in unfinished})
-
-    def ended(path):
-        if on_end is not None:
-            on_end(path)
-        running[path.prompt_number] -= 1
-        if running[path.prompt_number] == 0:
-            on_complete(path.prompt_number, unfinished.pop(path.prompt_number))
-
-    capacity = max(len(prompt) for prompt in prompts) + limit
-    rows = memory.choose_rows(model, capacity, batch)
-    group = Batch(model, paths, rows, capacity, limit, sampling, eos_ids, bar, ended)
-    paths.clear()  # or it would keep the paths of finished prompts alive
-    group.decode(until=limit)
-
-
-def generate(model, prompts, n=1, max_new_tokens=1024, temperature=0.6, top_k=40, top_p=0.95,
-             seed=0, eos_ids=None, batch=None, bar=None, on_end=None):
-    """n paths for each prompt (a list of token ids): a list, per prompt, of n finished Path.
-
-    eos_ids: end tokens (None: the model's own). batch: rows at a time (None: as many as fit the
-    free memory), which changes no token. bar: of plumbing.progress, counts tokens. on_end(path) is
-    called as each path ends. Raises ValueError on bad settings, or as `check_prompts` does."""
-    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch", batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: found {value}, expected at least 1")
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    results = [None] * len(prompts)
-
-    def take(number, paths):
-        results[number] = paths
-
-    sample_all(model, prompts, n, max_new_tokens, sampling, take, eos_ids, batch, bar, on_end)
-    return results
-
-
 def sampling_of(settings):
     """The Sampling in a script's settings."""
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+
+
+def decoded_tokens(paths):
+    """How many tokens were decoded for these paths: those that branches share were decoded once."""
+    return sum(len(path.ids) - path.inherited for path in paths)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,16 @@ there, and a head on the last [STOP] position's final hidden state h_m:
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
-import re
-
 import torch
 import torch.nn.functional as F
 
-from lora import TARGETS, LoRA
+from lora import LoRA
 from plumbing import memory
 from plumbing.answers import same_vote
-from plumbing.budget_plan import Stage, check_stages
+from plumbing.budget_plan import Stage, parse_checkpoints, validate_stages
 from plumbing.checkpoint import fingerprint
-from plumbing.command_line import shown
 from plumbing.stop_files import match, read_stop, write_stop
-from plumbing.votes import is_decided
-from sample import Batch, Path, Sampling, check_prompts, prefill, require_finite
+from sample import Batch, Path, Sampling, prefill, require_finite, room, validate_prompts
 
 
 class Stop(torch.nn.Module):
@@ -53,10 +49,8 @@ class Stop(torch.nn.Module):
         noise = torch.randn(1 if shared else m, hidden, generator=generator)
         self.tokens = torch.nn.Parameter(noise.to(device) * embeddings.float().std())
 
-        if targets is None:
-            linears = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-            targets = [target for target in TARGETS if target in linears]
-        self.lora = LoRA(model, rank, 2 * rank if alpha is None else alpha, targets, dropout, seed)
+        alpha = 2 * rank if alpha is None else alpha
+        self.lora = LoRA(model, rank, alpha, targets, dropout, seed)
 
         self.head = torch.nn.Linear(hidden, 1 if head == "sigmoid" else 2, device=device)
         torch.nn.init.zeros_(self.head.weight)
@@ -85,22 +79,27 @@ class Stop(torch.nn.Module):
             return F.binary_cross_entropy_with_logits(logits[:, 0], labels)
         return F.cross_entropy(logits, torch.stack((1 - labels, labels), -1))
 
+    def check(self, model, cache):
+        """The paper's Check: chances (B,) of the prefixes in a cache's rows. ValueError where one
+        is no number."""
+        return self.chance(self(model, cache))
+
     @torch.inference_mode()
     def score(self, model, prefixes, batch=16, bar=None):
         """Chances (N,) float32 that prefixes (prompt + prefix, lists of token ids, ragged) end
         right. Equal prefixes are scored once."""
-        check_prompts(model, prefixes, self.m)
-        places = {}  # of the different prefixes in `distinct`
+        validate_prompts(model, prefixes, self.m)
+        places = {}  # different prefix -> its number
         for prefix in prefixes:
             places.setdefault(tuple(prefix), len(places))
-        distinct = list(map(list, places))
+        distinct = list(places)
         if prefixes:
             longest = max(len(prefix) for prefix in prefixes)
             batch = min(batch, memory.rows_beside_others(model, longest + self.m))
         scores = torch.zeros(len(distinct), device=self.head.weight.device)
         for numbers in like_lengths(distinct, batch):
             cache, _ = prefill(model, [distinct[i] for i in numbers], self.m)
-            scores[numbers] = self.chance(self(model, cache))
+            scores[numbers] = self.check(model, cache)
             if bar is not None:
                 bar.update(len(numbers))
         if bar is not None:
@@ -112,12 +111,16 @@ class Stop(torch.nn.Module):
         found = self.trained.get("settings", {}).get("prefix", 2048)
         return parse_checkpoints(str(found))
 
-    def limit(self, asked=None):
-        """The limit of a path, in new tokens: `asked`, or the one that it was trained with; None:
-        what the context leaves."""
-        if asked is not None:
-            return asked
+    def trained_limit(self):
+        """The limit of a path that it was trained with, in new tokens; None: not known."""
         return self.trained.get("settings", {}).get("max_new_tokens")
+
+    def limit(self, model, prompt_ids, asked=None):
+        """The limit of a prompt's paths, in new tokens: `asked`, or the one that it was trained
+        with, or what the context leaves."""
+        if asked is None:
+            asked = self.trained_limit()
+        return room(model, prompt_ids, asked)
 
     def about(self):
         """What must agree between a saved STOP's two files, and with the model it is loaded for."""
@@ -184,33 +187,41 @@ def retention(budget, prefix, task):
     return min(1.0, L_task ** 4.55 / (1.17e4 * C ** 0.46 * L_prefix ** 0.40))
 
 
-@torch.inference_mode()
-def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, cascade=None,
-                        max_new_tokens=16384, temperature=0.6, top_k=40, top_p=0.95, seed=0,
-                        branch=1, answer_of=None, kind="math", eos_ids=None, bar=None,
-                        on_check=None):
-    """n paths of a prompt, of which `keep` are finished: a list of Path, by index, pruned ones
-    included.
+class Watcher:
+    """Is told of a run as it goes. This one only looks on."""
 
-    cascade: [(checkpoint, keep), ...] or [(checkpoint, keep, branch), ...] instead of (prefix,
-    keep, branch). A path that ends before a checkpoint is scored whole and competes: exactly
-    `keep` paths vote. Ties go to the lower index; with keep = n the paths are those of `generate`.
-    With branch = b each kept path that still runs goes on as b paths (an ended one is never
-    revived); new paths stand behind the n. answer_of(path): its answer of this kind, or None; with
-    it, decoding stops as soon as no running path can change the vote (`is_decided`), and those
-    that still ran are "decided". on_check(checkpoint, checked, kept) is called after each check
-    with the paths that it scored and those that go on, new ones included; bar counts tokens.
-    Raises ValueError on stages that cannot be."""
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    stages = [Stage(*stage) for stage in cascade or [(prefix, keep, branch)]]
-    check_stages(stages, n, max_new_tokens)
-    ends = [stage.checkpoint for stage in stages] + [max_new_tokens]
-    check_prompts(model, [prompt_ids], max(max_new_tokens, stages[-1].checkpoint + stop.m))
-    capacities = [len(prompt_ids) + end + stop.m for end in ends]
-    require_rows(model, n, stages, capacities)
+    def checked(self, stage, checked, kept):
+        """After a check: the Stage, the paths that it scored, and those of them that go on."""
+
+    def resumed(self, batch, paths):
+        """Behind the last check: the Batch, and the paths that will finish or have ended."""
+
+
+@torch.inference_mode()
+def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stages=None,
+                        max_new_tokens=None, eos_ids=None, watcher=Watcher(), batch=Batch,
+                        **sampling):
+    """n paths of a prompt, of which `keep` are finished: a list of Path, pruned ones included; path
+    i is the i-th, branches stand behind the n.
+
+    prefix: the checkpoint, in new tokens; None: what STOP was trained for. stages: [(checkpoint,
+    keep), ...] or [(checkpoint, keep, branch), ...] instead of the two: with branch = b each kept
+    path that still runs goes on as b paths. max_new_tokens: None: as `Stop.limit` says. sampling:
+    temperature, top_k, top_p, seed, as in `generate`. batch: what decodes (engine/launch.py has a
+    faster one).
+
+    A path that ends before a checkpoint is scored whole and competes: exactly `keep` paths vote. It
+    is never revived, nor branched. Ties go to the lower index; with keep = n the paths are those of
+    `generate`. Raises ValueError on stages that cannot be."""
+    limit = stop.limit(model, prompt_ids, max_new_tokens)
+    stages = stages_of(stop, keep, prefix, stages)
+    validate_stages(stages, n, limit)
+    validate_prompts(model, [prompt_ids], max(limit, stages[-1].checkpoint + stop.m))
+    sampling = Sampling(**sampling)
+    capacities = row_capacities(stop, prompt_ids, stages, limit)
 
     paths = [Path(list(prompt_ids), index) for index in range(n)]
-    batch = Batch(model, paths, n, capacities[0], max_new_tokens, sampling, eos_ids, bar)
+    batch = batch(model, paths, capacities[0], limit, sampling, eos_ids)
     alive = list(paths)
     for stage, capacity in zip(stages, capacities[1:]):
         running = list(batch.live)
@@ -218,49 +229,44 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=2048, casc
         score_live(model, stop, batch)           # Check: [STOP] on the cache, which stays as it was
         score_ended(model, stop, running)        #        ended paths have left it: prefilled again
         checked = alive
-        alive, pruned = rank(checked, stage.keep)
+        alive, pruned = best_paths(checked, stage.keep)
         batch.prune(pruned)                      # Resume: the best go on, other rows are freed
+        watcher.checked(stage, checked, alive)
         new_paths = batch.resume(stage.branch, capacity)
-        alive += new_paths
+        alive = alive + new_paths
         paths += new_paths
-        if on_check is not None:
-            on_check(stage.checkpoint, checked, alive)
-    if answer_of is not None:
-        batch.on_end = stop_when_decided(batch, alive, answer_of, kind)
-        batch.on_end(None)  # those that have ended already may decide it
-    batch.decode(until=max_new_tokens)
+    watcher.resumed(batch, alive)
+    batch.decode(until=limit)
     return paths
 
 
-def require_rows(model, n, stages, capacities):
-    """Raise ValueError where the rows of a stretch do not fit the free memory: all prefixes are
-    held until they are checked. capacities: positions of a row before each check, and behind the
-    last."""
-    element = model.model.embed_tokens.weight.element_size()
-    free = memory.free_bytes(model.device)
-    rows = [n] + [stage.keep * stage.branch for stage in stages]
-    for count, capacity in zip(rows, capacities):
-        needed = count * memory.row_bytes(model.config, capacity, element)
-        if needed > free:
-            raise ValueError(
-                f"n: found {n}; {count} rows of {capacity:,} positions need "
-                f"{needed / memory.GB:.1f} GB, {free / memory.GB:.1f} GB are free: lower --n, "
-                "--keep or --prefix")
+def stages_of(stop, keep=8, prefix=None, stages=None):
+    """The Stages of a run: those that are given, or one check."""
+    if stages is None:
+        checkpoint = stop.trained_for()[0] if prefix is None else prefix
+        stages = [(checkpoint, keep)]
+    return [Stage(*stage) for stage in stages]
+
+
+def row_capacities(stop, prompt_ids, stages, limit):
+    """Positions of a row up to each check, and behind the last."""
+    ends = [stage.checkpoint for stage in stages] + [limit]
+    return [len(prompt_ids) + end + stop.m for end in ends]
 
 
 def score_live(model, stop, batch):
-    """Score the paths whose prefixes the cache holds."""
+    """Score the paths whose prefixes the cache holds. Equal prefixes have one score, that of the
+    first of them: rounding differs with a row's place in the batch, and would break ties."""
     if batch.live:
         batch.settle()
-        scores = stop.chance(stop(model, batch.cache))
+        scores = stop.check(model, batch.cache).tolist()
         prefixes = [tuple(path.ids) for path in batch.live]
-        for path, score in zip(batch.live, of_first_equal(prefixes, scores.tolist())):
+        for path, score in zip(batch.live, of_first_equal(prefixes, scores)):
             path.score = score
 
 
 def of_first_equal(prefixes, scores):
-    """The scores, in which equal prefixes have one, that of the first of them: rounding differs
-    with a row's place in the batch, and would break ties."""
+    """The scores, in which equal prefixes have the one of the first of them."""
     known = {}
     return [known.setdefault(prefix, score) for prefix, score in zip(prefixes, scores)]
 
@@ -274,10 +280,10 @@ def score_ended(model, stop, paths):
         path.score = score
 
 
-def rank(paths, keep):
+def best_paths(paths, keep):
     """(the best `keep` paths, the others); ties go to the lower index, and to the lower branch."""
-    ranked = sorted(paths, key=lambda path: (-path.score, path.index, path.branches))
-    return ranked[:keep], ranked[keep:]
+    ordered = sorted(paths, key=lambda path: (-path.score, path.index, path.branches))
+    return ordered[:keep], ordered[keep:]
 
 
 def vote(answers, weights=None, kind="math"):
@@ -302,39 +308,6 @@ def decide(answers, scores=None, kind="math"):
     has none. Terminal, page and studies all ask here."""
     weighted = scores is not None and None not in scores
     return vote(answers, scores if weighted else None, kind)
-
-
-def stop_when_decided(batch, paths, answer_of, kind):
-    """A function for batch.on_end that ends all paths as soon as neither vote of `paths`, by
-    majority or by score, can change any more."""
-    answers = {}  # name of an ended path -> its answer
-
-    def ended(path):
-        if path is not None and path.status == "decided":
-            return
-        done = [other for other in paths if other.status != "running"]
-        running = [other for other in paths if other.status == "running"]
-        for other in done:
-            if other.name not in answers:
-                answers[other.name] = answer_of(other)
-        found = [answers[other.name] for other in done]
-        scores = [other.score for other in done]
-        open_scores = sum(other.score for other in running)
-        by_majority = is_decided(found, [1.0] * len(done), len(running), kind)
-        if by_majority and is_decided(found, scores, open_scores, kind):
-            batch.finish("decided")
-
-    return ended
-
-
-def parse_checkpoints(text):
-    """"2048,1024" -> [2048, 1024]: different numbers of new tokens."""
-    if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text, re.ASCII):
-        checkpoints = [int(number) for number in text.split(",")]
-        if len(set(checkpoints)) == len(checkpoints):
-            return checkpoints
-    raise ValueError(
-        f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
 
 
 if __name__ == "__main__":

@@ -3,28 +3,30 @@
 
     python train.py                                             # the embedded toy, end to end
     python train.py --model M --data problems.jsonl --out DIR   # on your model and problems
-    python train.py --model M --labels labels.jsonl --out DIR   # on labels that exist
-    torchrun --nproc-per-node 8 -- train.py --model M ...       # the same on eight GPUs
 
 Supervision: 32 paths a problem; problems with 4 to 28 right ones stay. Each path cut at the
 checkpoint is a prefix, and the share of its 32 continuations that end right is its soft label; with
 --rollouts 0 nothing is continued, and whether its own path ended right is its label.
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
-A run that was killed goes on where it stopped, to the same labels and the same weights.
+
+Both stand here in plain steps. The script runs engine/stored.py and engine/fit.py, which do the
+same and go on after a kill. `settings` are those of the script (commands/train.py).
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
+import copy
 import dataclasses
 import math
 
 import torch
 
-from plumbing import processes
-from plumbing.answers import extract_answer, same_answer
+from plumbing.budget_plan import parse_checkpoints
+from plumbing.grading import grade
 from plumbing.problems import Problem
 from plumbing.statistics import auroc, pairwise_accuracy
-from sample import prefill, require_finite
-from stop import parse_checkpoints
+from sample import (
+    generate, prefill, require_finite, room, sample_paths, sampling_of, validate_prompts)
+from stop import Stop
 
 
 # -------------------------------------------------------------------------- supervision (section 4)
@@ -39,14 +41,42 @@ class Example:
     checkpoint: int | None  # where its path was cut; None: not known
 
 
-def stratify(records, settings):
-    """Whether each problem stays: neither too hard nor too easy for this model."""
-    return [settings.low <= sum(record["right"]) <= settings.high for record in records]
+def make_labels(model, tokenizer, problems, settings):
+    """Examples from problems: paths, of which the prefixes get soft labels."""
+    limit = require_room(model, [tokenizer.ask(problem) for problem in problems], settings)
+    records = sample_paths(
+        model, tokenizer, problems, settings.paths, limit, sampling_of(settings))
+    examples = []
+    for cut in cut_prefixes(stratify(records, problems, settings), settings):
+        label = roll_out(model, tokenizer, cut, limit, settings)
+        examples.append(Example(cut.prefix_ids, label, cut.problem.id, cut.checkpoint))
+    return examples
+
+
+def require_room(model, prompts, settings):
+    """The limit of these prompts' paths, in new tokens. Raises ValueError unless every checkpoint
+    leaves room for rollouts and for [STOP] tokens."""
+    last = max(parse_checkpoints(settings.prefix))
+    limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
+    if limit <= last:
+        raise ValueError(
+            f"prefix: found {last}, expected less than the limit of {limit} new tokens")
+    validate_prompts(model, prompts, max(limit, last + settings.m))
+    return limit
+
+
+def stratify(records, problems, settings):
+    """(record, problem) of those that stay: neither too hard nor too easy for this model."""
+    staying = []
+    for record, problem in zip(records, problems):
+        if settings.low <= sum(record["right"]) <= settings.high:
+            staying.append((record, problem))
+    return staying
 
 
 @dataclasses.dataclass
 class Cut:
-    """A stored path cut at a checkpoint: the prefix that is to get a label."""
+    """A graded path cut at a checkpoint: the prefix that is to get a label."""
     record: dict      # of sample_paths
     problem: Problem
     number: int       # which of the record's paths
@@ -63,14 +93,14 @@ class Cut:
         return self.path[:self.checkpoint]
 
     @property
+    def prefix_ids(self):
+        """Prompt and prefix."""
+        return self.record["prompt_ids"] + self.prefix
+
+    @property
     def ended(self):
         """Whether the path had ended by then."""
         return len(self.path) <= self.checkpoint
-
-    def head(self):
-        """The fields of its label that say which one it is."""
-        return {"id": self.record["id"], "path": self.number, "checkpoint": self.checkpoint,
-                "prefix_token_ids": self.record["prompt_ids"] + self.prefix}
 
 
 def cut_prefixes(pairs, settings):
@@ -87,11 +117,22 @@ def cut_prefixes(pairs, settings):
     return cuts
 
 
+def roll_out(model, tokenizer, cut, limit, settings):
+    """The soft label of a Cut: the share of K continuations that end right, prefix and continuation
+    together of at most `limit` new tokens. A path that has ended gets its own grade; with K = 0
+    every path does."""
+    K = settings.rollouts
+    if K == 0 or cut.ended:
+        return float(cut.record["right"][cut.number])
+    sampling = vars(sampling_of(settings))
+    (paths,) = generate(model, [cut.prefix_ids], K, limit - cut.checkpoint, **sampling)
+    return count_right(tokenizer, cut, paths) / K
+
+
 def count_right(tokenizer, cut, paths):
     """How many of these continuations of a prefix end right."""
-    kind = cut.problem.kind
-    answers = [extract_answer(tokenizer.completion(cut.prefix + path.ids), kind) for path in paths]
-    return sum(same_answer(answer, cut.problem.answer, kind) for answer in answers)
+    _, right = grade(tokenizer, cut.problem, [cut.prefix + path.ids for path in paths])
+    return sum(right)
 
 
 def require_several(problems):
@@ -111,19 +152,55 @@ def split(examples, share, seed):
     order = torch.randperm(len(problems), generator=generator).tolist()
     count = min(max(1, round(share * len(problems))), len(problems) - 1)
     held = {problems[i] for i in order[:count]}
-    training = [example for example in examples if example.problem not in held]
-    validation = [example for example in examples if example.problem in held]
+    training = []
+    validation = []
+    for example in examples:
+        part = validation if example.problem in held else training
+        part.append(example)
     return training, validation
 
 
 # ---------------------------------------------------------------------------------- fit (section 5)
 
 
-class Prefixes:
-    """Examples in batches of like length. Their KV caches, without gradient or LoRA, are kept
-    between epochs as long as they fit `cache_bytes`; the others are made again."""
+def fit(model, examples, settings):
+    """Train a Stop on examples: that of the epoch with the lowest validation loss. The loss of a
+    step is the mean over all its prefixes, in however many batches they are read."""
+    training, validation = split(examples, settings.validation, settings.seed)
+    training = Prefixes(model, training, settings.batch_size, settings.m)
+    validation = Prefixes(model, validation, settings.batch_size, settings.m)
+    stop = new_stop(model, settings)
+    optimizer = new_optimizer(stop, settings)
+    best = math.inf
+    for epoch in range(settings.epochs):
+        stop.train()
+        steps = shuffled_steps(training, settings, epoch)
+        for number, numbers in enumerate(steps, epoch * len(steps)):
+            rows = sum(len(training.batches[i]) for i in numbers)
+            for i in numbers:
+                cache, labels = training[i]  # the prefixes: frozen, no gradient
+                logits = stop(model, cache)  # [STOP] on them: LoRA, embeddings and head
+                loss = stop.loss(logits, labels) * len(labels)
+                require_finite(loss, f"fit: the loss of step {number + 1}")
+                (loss / rows).backward()
+            take_step(stop, optimizer, number, len(steps), settings)
 
-    def __init__(self, model, examples, batch_size, m, cache_bytes, share_rows=False):
+        stop.eval()
+        with torch.no_grad():
+            logits = [stop(model, validation[i][0]) for i in range(len(validation.batches))]
+        metrics = measure(stop, torch.cat(logits).cpu(), validation)
+        if metrics["validation_loss"] < best:
+            best = metrics["validation_loss"]
+            weights = copy.deepcopy(stop.state_dict())
+    stop.load_state_dict(weights)
+    return stop.eval()
+
+
+class Prefixes:
+    """Examples in batches of like length. Item i is batch i as it is read: a cache of its prefixes
+    with room for [STOP], made without gradient or LoRA, and its labels (B,)."""
+
+    def __init__(self, model, examples, batch_size, m):
         examples = sorted(examples, key=lambda example: len(example.ids))
         self.model = model
         self.m = m
@@ -133,40 +210,66 @@ class Prefixes:
         self.batches = []
         for start in range(0, len(examples), batch_size):
             self.batches.append(examples[start:start + batch_size])
-        self.free_bytes = cache_bytes
-        self.caches = {}  # batch number -> its KVCache
-        self.share_rows = share_rows
-
-    def own(self, numbers):
-        """Those of the batches `numbers` on which this process works: its share of them or, with
-        `share_rows`, all of which it has rows."""
-        if not self.share_rows:  # always the same, whose caches it keeps
-            return [i for i in numbers if i % processes.count() == processes.rank()]
-        return [i for i in numbers if processes.mine(self.batches[i])]
 
     def __getitem__(self, i):
-        """(cache, labels (B,)) of batch i, or of this process's share of its rows."""
         batch = self.batches[i]
-        if self.share_rows:
-            batch = processes.mine(batch)
-        cache = self.caches.get(i)
-        if cache is None:
-            with torch.no_grad():
-                cache, _ = prefill(self.model, [example.ids for example in batch], self.m)
-            if cache.nbytes <= self.free_bytes:
-                self.free_bytes -= cache.nbytes
-                self.caches[i] = cache
-        labels = torch.tensor([example.label for example in batch], device=self.model.device)
-        return cache, labels
+        return self.read(batch), self.labels_of(batch)
+
+    def read(self, batch):
+        """A cache of these examples' prefixes."""
+        with torch.no_grad():
+            cache, _ = prefill(self.model, [example.ids for example in batch], self.m)
+        return cache
+
+    def labels_of(self, batch):
+        """Their labels (B,), on the model's device."""
+        return torch.tensor([example.label for example in batch], device=self.model.device)
 
 
-def validate(model, stop, prefixes):
-    """Metrics on the validation problems, and those of each checkpoint where there are several."""
-    stop.eval()
-    with torch.no_grad():
-        own = prefixes.own(range(len(prefixes.batches)))
-        logits = [stop(model, prefixes[i][0]).cpu() for i in own]
-    logits = torch.cat(processes.gather(logits))
+def new_stop(model, settings):
+    """An untrained Stop."""
+    targets = settings.targets
+    if targets is not None:
+        targets = [] if targets in ("", "none") else targets.split(",")
+    return Stop(model, settings.m, settings.rank, settings.alpha, targets, settings.head,
+                settings.shared, settings.dropout, settings.seed)
+
+
+def new_optimizer(stop, settings):
+    """AdamW on all that is trained."""
+    return torch.optim.AdamW(
+        stop.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def shuffled_steps(prefixes, settings, epoch):
+    """The numbers of the batches of each optimiser step of an epoch. Their order and dropout depend
+    on the seed and the epoch alone."""
+    torch.manual_seed((settings.seed + epoch) % 2 ** 64)
+    order = torch.randperm(len(prefixes.batches))
+    return [step.tolist() for step in order.split(settings.accumulation)]
+
+
+def take_step(stop, optimizer, number, steps, settings):
+    """Optimiser step `number` of a fit with `steps` an epoch, from the gradients that are there."""
+    torch.nn.utils.clip_grad_norm_(stop.parameters(), settings.clip or math.inf)
+    rate = learning_rate(number, settings.epochs * steps, settings)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def learning_rate(step, steps, settings):
+    """The rate of optimiser step `step` of `steps`: linear warm-up, then constant or cosine to
+    zero."""
+    rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
+    if settings.cosine:
+        rate *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return rate
+
+
+def measure(stop, logits, prefixes):
+    """Metrics of head logits (N, 1 or 2) on prefixes, the validation problems', and those of each
+    checkpoint where there are several."""
     require_finite(logits, "validation: STOP's score")
     scores = stop.chance(logits)
     metrics = {"validation_loss": stop.loss(logits, prefixes.labels).item()}
@@ -190,64 +293,6 @@ def discrimination(scores, labels, problems):
         "pairwise": pairwise_accuracy(scores, labels, problems),
         "mean_score": scores.mean().item()}
     return {name: None if math.isnan(value) else value for name, value in values.items()}
-
-
-def learning_rate(step, steps, settings):
-    """The rate of optimiser step `step` of `steps`: linear warm-up, then constant or cosine to
-    zero."""
-    rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
-    if settings.cosine:
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return rate
-
-
-def train_epoch(model, stop, optimizer, prefixes, settings, epoch, bar):
-    """One pass over the training prefixes -> {train_loss, gradient norms of the last step by
-    group}. The loss of a step is the mean over all its prefixes, however many passes and processes
-    they take."""
-    stop.train()
-    torch.manual_seed((settings.seed + epoch) % 2 ** 64)  # dropout, and the order of the batches
-    steps = torch.randperm(len(prefixes.batches)).split(settings.accumulation)
-    total = 0.0
-    for number, batches in enumerate(steps, epoch * len(steps)):
-        rows = sum(len(prefixes.batches[i]) for i in batches)
-        for i in prefixes.own(batches.tolist()):
-            cache, labels = prefixes[i]
-            loss = stop.loss(stop(model, cache), labels) * len(labels)
-            require_finite(loss, f"fit: the loss of step {number + 1}")
-            (loss / rows).backward()
-            total += loss.item()
-        sum_gradients(stop)
-        norms = gradient_norms(stop)
-        torch.nn.utils.clip_grad_norm_(stop.parameters(), settings.clip or math.inf)
-        rate = learning_rate(number, settings.epochs * len(steps), settings)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-    total = sum(processes.gather([total]))
-    return {"train_loss": total / len(prefixes.labels), **norms}
-
-
-def sum_gradients(stop):
-    """Add up the gradients that the processes computed from their shares of a step: each has
-    divided its loss by the rows of the whole step, so that the sum is the mean."""
-    for parameter in stop.parameters():
-        if parameter.grad is None:  # this process had no batch in this step
-            parameter.grad = torch.zeros_like(parameter)
-    processes.add_up([parameter.grad for parameter in stop.parameters()])
-
-
-def gradient_norms(stop):
-    """The gradient's norm of each of the three trained parts."""
-    parts = dict(stop.named_parameters())
-    squares = torch.stack([part.grad.square().sum() for part in parts.values()])
-    squares = dict(zip(parts, squares.tolist()))  # one wait for the device
-    norms = {}
-    for group in ("tokens", "lora", "head"):
-        total = sum(square for name, square in squares.items() if name.startswith(group))
-        norms[f"grad_{group}"] = math.sqrt(total)
-    return norms
 
 
 if __name__ == "__main__":

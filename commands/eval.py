@@ -14,14 +14,14 @@ import json
 from pathlib import Path
 
 from commands.common import open_model, say_other_sampling, stop_folder
-from engine.protocol import check
+from engine.protocol import Options, validate
 from engine.protocol import run as run_protocol
 from engine.stored import stop_digest
 from eval import summary
 from plumbing import processes
 from plumbing.budget_plan import plan_for, read_plans
 from plumbing.checkpoint import find_folder
-from plumbing.command_line import Common, command_line, option
+from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.problems import read_problems
 from plumbing.records import locked
 from stop import Stop
@@ -61,7 +61,8 @@ def read_plan(folder, stop, budget):
 
 def run(settings):
     """Sample or read the paths, score, report; the last line is one JSON object."""
-    check(settings, settings.window, settings.judge_aggregate)
+    require_positive(settings, "budget")
+    validate(settings, settings.window, settings.judge_aggregate)
     folder = find_folder(settings.model)
     problems = read_problems(settings.data or folder / "test.jsonl")[:settings.problems]
     model, tokenizer = open_model(settings)
@@ -81,9 +82,9 @@ def run(settings):
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if processes.is_first() else contextlib.nullcontext():
-        report = run_protocol(
-            model, tokenizer, stop, problems, settings, out, judge, settings.window,
-            settings.judge_aggregate, settings.verify, plan)
+        options = Options(
+            judge, settings.window, settings.judge_aggregate, settings.verify, plan)
+        report = run_protocol(model, tokenizer, stop, problems, settings, out, options)
     if processes.is_first():
         print(json.dumps({"out": settings.out, **summary(report)}))
 

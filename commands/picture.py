@@ -23,6 +23,7 @@ from plumbing.answers import same_answer, same_vote
 from plumbing.command_line import shown
 from plumbing.files import require_target
 from plumbing.records import write_atomic
+from sample import decoded_tokens
 from stop import decide
 
 SHADES = 10  # classes of scores
@@ -79,11 +80,10 @@ class Check:
         return f"{self.stayed} go on{branched}"
 
 
-def check_of(checkpoint, checked, kept):
-    """The Check at which so many Paths were scored, of which `kept`, new branches included, went
-    on."""
-    new = [path for path in kept if path.inherited == checkpoint]
-    return Check(checkpoint, len(kept) - len(new), len(kept))
+def check_of(stage, kept):
+    """The Check at a budget_plan.Stage where these Paths were kept: those that still run branch."""
+    running = sum(path.status == "running" for path in kept)
+    return Check(stage.checkpoint, len(kept), len(kept) + (stage.branch - 1) * running)
 
 
 @dataclasses.dataclass
@@ -152,7 +152,7 @@ def record(question, paths, checks, tokenizer, answer_of, saved="", kind="math",
         checks=list(checks),
         votes=tally(list(bars.values()), kind),
         launched=sum(path.inherited == 0 for path in paths),
-        tokens=sum(len(path.ids) - path.inherited for path in paths),
+        tokens=decoded_tokens(paths),
         saved=saved)
 
 

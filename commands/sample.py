@@ -13,9 +13,10 @@ import json
 import time
 
 from commands.common import open_model, peak_memory
+from engine.refill import generate
 from plumbing.command_line import Common, command_line, option, require_positive
 from plumbing.progress import progress, say
-from sample import generate, room, sampling_of
+from sample import decoded_tokens, room, sampling_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,7 +44,7 @@ def run(settings):
             model, [prompt_ids], settings.n, limit, **dataclasses.asdict(sampling),
             batch=settings.batch, bar=bar, on_end=show)
     seconds = time.perf_counter() - start
-    tokens = sum(len(path.ids) for path in paths)
+    tokens = decoded_tokens(paths)
     print(json.dumps({
         "tokens": tokens,
         "seconds": round(seconds, 3),

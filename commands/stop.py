@@ -20,9 +20,11 @@ import torch
 from commands import picture
 from commands.common import open_model, say_other_sampling, stop_folder
 from engine.budget import by_guideline
+from engine.decided import Decider
+from engine.launch import launch_check_resume
 from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer, same_answer
-from plumbing.budget_plan import check_stages, parse_cascade, plan_for, read_plans
+from plumbing.budget_plan import parse_cascade, plan_for, read_plans, validate_stages
 from plumbing.command_line import (
     Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
 from plumbing.files import require_target
@@ -30,8 +32,8 @@ from plumbing.labels import read_prefixes
 from plumbing.problems import Problem
 from plumbing.progress import progress, say
 from plumbing.scores import score_file
-from sample import check_prompts, prefill, room, sampling_of
-from stop import Stop, decide, launch_check_resume, like_lengths, retention, vote
+from sample import decoded_tokens, prefill, sampling_of, validate_prompts
+from stop import Stop, Watcher, decide, like_lengths, retention, vote
 
 LAUNCHED = 64  # paths, where neither --n nor --budget says
 
@@ -95,14 +97,14 @@ def recipe(flags):
     return ({"dtype": "float32"} if "score" in flags else {}), None
 
 
-def check(settings):
+def validate(settings):
     """Raise ValueError on settings that cannot be, before any work is done."""
     sampling_of(settings)
     require_positive(settings, "max_new_tokens", "batch", "n", "keep", "retention", "budget",
                      "task_length", "prefix", "branch")
     require_choice(settings, "kind", "math", "choice")
     if settings.cascade is not None:
-        check_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED, source="cascade")
+        validate_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED, source="cascade")
     if settings.retention is not None and settings.retention > 1:
         raise ValueError(
             f"retention: found {shown(settings.retention)}, expected a share in (0, 1]")
@@ -134,7 +136,7 @@ def by_plan(settings, stop, limit):
                              f"plan in {folder} has its own")
     plan = plan_for(plans, settings.budget, folder)
     place = f"{folder / 'plan.json'}: the plan for {plan.budget} tokens"
-    check_stages(plan.stages, plan.n, limit, place)
+    validate_stages(plan.stages, plan.n, limit, place)
     print(f"plan for {plan.budget} tokens, the largest listed that {settings.budget} allows: "
           f"{plan}; about {plan.expected['tokens']:.0f} tokens")
     cascade = ",".join(map(str, plan.stages))
@@ -175,18 +177,32 @@ def paths_for_budget(settings, prefix, limit):
     return launched, kept
 
 
-def show_check(checkpoint, checked, kept):
-    """Print the scores of one check, the best first, by the names that the paths had until then:
-    where they branch, the check comes first."""
-    scored = set(map(id, checked))
-    new_paths = [path for path in kept if id(path) not in scored]
-    begun = {(path.index, path.branches[:-1]) for path in new_paths}  # which paths have branched
-    stay = len(kept) - len(new_paths)
-    branches = f", and {len(new_paths)} new branches" if new_paths else ""
-    say(f"check at {checkpoint} tokens: {stay} of {len(checked)} paths stay{branches}")
+class Narrator(Watcher):
+    """Prints each check, and notes it for the picture."""
+
+    def __init__(self, quiet=False, decider=None):
+        """decider: what may end the run early."""
+        self.quiet = quiet
+        self.decider = decider
+        self.checks = []  # of picture.Check
+
+    def checked(self, stage, checked, kept):
+        self.checks.append(picture.check_of(stage, kept))
+        if not self.quiet:
+            show_check(self.checks[-1], checked)
+
+    def resumed(self, batch, paths):
+        if self.decider is not None:
+            self.decider.resumed(batch, paths)
+
+
+def show_check(check, checked):
+    """Print the scores of one picture.Check, the best first."""
+    new = check.went_on - check.stayed
+    branches = f", and {new} new branches" if new else ""
+    say(f"check at {check.checkpoint} tokens: {check.stayed} of {len(checked)} paths "
+        f"stay{branches}")
     for path in sorted(checked, key=lambda path: -path.score):
-        if path.branches and (path.index, path.branches[:-1]) in begun:
-            path = dataclasses.replace(path, branches=path.branches[:-1])
         say(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
 
 
@@ -194,31 +210,20 @@ def answer_prompt(model, stop, tokenizer, settings):
     """Run one question through Launch, Check, Resume; print scores, answers and votes."""
     options = {} if settings.kind == "choice" else None  # they stand in the prompt's own text
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, "", options))
-    limit = room(model, prompt_ids, stop.limit(settings.max_new_tokens))
+    limit = stop.limit(model, prompt_ids, settings.max_new_tokens)
     settings = by_plan(settings, stop, limit)
-    prefix = settings.prefix
-    if prefix is None:
-        prefix = stop.trained_for()[0]
-    n, keep = paths_of(settings, prefix, limit)
-    cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
-    require_below_limit(settings, cascade, prefix, limit)
-
-    start = time.perf_counter()
-    sampling = dataclasses.asdict(sampling_of(settings))
-    checks = []  # of picture.Check
+    n, stages = stages_asked(settings, stop, limit)
 
     def answer_of(path):
         return extract_answer(tokenizer.completion(path.ids), settings.kind)
 
-    def on_check(checkpoint, checked, kept):
-        show_check(checkpoint, checked, kept)
-        checks.append(picture.check_of(checkpoint, checked, kept))
-
+    decider = Decider(answer_of, settings.kind) if settings.decide else None
+    narrator = Narrator(decider=decider)
+    start = time.perf_counter()
     with progress("paths", n * limit, "tok") as bar:
         paths = launch_check_resume(
-            model, stop, prompt_ids, n, keep, prefix, cascade, limit, **sampling,
-            branch=settings.branch or 1, answer_of=answer_of if settings.decide else None,
-            kind=settings.kind, bar=bar, on_check=on_check)
+            model, stop, prompt_ids, n, stages=stages, max_new_tokens=limit, watcher=narrator,
+            bar=bar, **dataclasses.asdict(sampling_of(settings)))
     seconds = time.perf_counter() - start
 
     finished = [path for path in paths if path.status in ("eos", "length")]
@@ -226,7 +231,7 @@ def answer_prompt(model, stop, tokenizer, settings):
     for path, answer in zip(finished, answers):
         print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "
               f"score {path.score:.4f}): {answer}{mark_of(answer, settings)}")
-    spent = sum(len(path.ids) - path.inherited for path in paths)
+    spent = decoded_tokens(paths)
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = n * sum(len(path.ids) for path in finished) / len(finished)
     saved = 1 - spent / unpruned
@@ -236,7 +241,7 @@ def answer_prompt(model, stop, tokenizer, settings):
           f"{majority}{mark_of(majority, settings)}", flush=True)
     if settings.picture is not None:  # behind the answers: a disk may be full by now
         run = picture.record(
-            settings.prompt, paths, checks, tokenizer, answer_of,
+            settings.prompt, paths, narrator.checks, tokenizer, answer_of,
             picture.saved_against(n, spent, finished), settings.kind, settings.answer)
         picture.write(settings.picture, run)
         print(f"wrote {settings.picture}")
@@ -258,15 +263,23 @@ def mark_of(answer, settings):
     return picture.MARKS[same_answer(answer, settings.answer, settings.kind)]
 
 
-def require_below_limit(settings, cascade, prefix, limit):
-    """Raise ValueError where a checkpoint is not below the limit of a path, naming what set it."""
-    if cascade is not None:
-        check_stages(cascade, settings.n or LAUNCHED, limit, "cascade")
-    elif settings.prefix is None and prefix >= limit:
+def stages_asked(settings, stop, limit):
+    """(paths launched, the checks) of a run. ValueError where a checkpoint is not below the limit
+    of a path, naming what set it."""
+    checkpoint = settings.prefix
+    if checkpoint is None:
+        checkpoint = stop.trained_for()[0]
+    n, keep = paths_of(settings, checkpoint, limit)
+    if settings.cascade is not None:
+        stages = parse_cascade(settings.cascade)
+        validate_stages(stages, n, limit, "cascade")
+        return n, stages
+    if settings.prefix is None and checkpoint >= limit:
         raise ValueError(
-            f"prefix: found {prefix}, for which the STOP in {stop_folder(settings)} was trained, "
-            f"expected less than the {limit} new tokens that a path may have: give --prefix, or a "
-            "larger --max-new-tokens")
+            f"prefix: found {checkpoint}, for which the STOP in {stop_folder(settings)} was "
+            f"trained, expected less than the {limit} new tokens that a path may have: give "
+            "--prefix, or a larger --max-new-tokens")
+    return n, [(checkpoint, keep, settings.branch or 1)]
 
 
 @contextlib.contextmanager
@@ -297,7 +310,7 @@ def logits_and_states(model, stop, prefixes):
 def score_prefixes(model, stop, settings):
     """Score a file of prefixes, one JSON line a record; taken up where a killed run stopped."""
     def check_ids(ids):
-        check_prompts(model, [ids], stop.m)
+        validate_prompts(model, [ids], stop.m)
 
     prefixes = read_prefixes(settings.score, check_ids)
     who = {"dtype": settings.dtype,
@@ -310,7 +323,7 @@ def score_prefixes(model, stop, settings):
 
 def run(settings):
     """Answer a prompt, or score a file of prefixes; the last line is one JSON object."""
-    check(settings)
+    validate(settings)
     flags = ("prompt", "score", "out", "trace")
     given = [flag for flag in flags if getattr(settings, flag) is not None]
     if given != ["prompt"] and given[:1] != ["score"]:

@@ -14,16 +14,18 @@ A run that was killed goes on where it stopped, to the same labels and the same 
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 
 from commands.common import open_model, say_other_sampling
 from engine.fit import fit
-from engine.forecast import make_plan
+from engine.forecast import make_forecast, restate
 from engine.protocol import run as run_protocol
-from engine.stored import make_labels, model_digest, require_room
+from engine.stored import make_labels, model_digest
 from eval import summary
 from plumbing import processes
+from plumbing.budget_plan import parse_checkpoints
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import (
     Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
@@ -31,9 +33,8 @@ from plumbing.files import is_there
 from plumbing.labels import read_prefixes
 from plumbing.problems import read_problems, read_sources, without_held_out
 from plumbing.records import claim, digest, locked, read_json
-from sample import check_prompts, sampling_of
-from stop import parse_checkpoints
-from train import Example, require_several, split
+from sample import sampling_of, validate_prompts
+from train import Example, require_room, require_several
 
 BESIDE_LABELS = ("data", "problems", "paths", "low", "high", "prefixes", "rollouts")  # of no use
 NO_PART_OF_A_RUN = (  # settings that change no result
@@ -87,7 +88,7 @@ class Settings(Common):
 
 
 def recipe(flags):
-    """(a checkpoint's own defaults, the file they stand in): recipe.json in its directory, or
+    """(a model's own defaults, the file they stand in): recipe.json in its directory, or
     among a Hub id's files, if it is there. ValueError on flags that have no effect."""
     folder = find_folder(flags.get("model", Settings.model))
     file = folder / "recipe.json"
@@ -111,7 +112,7 @@ def refuse_idle(values, flags, folder):
         refuse_flags(flags, ("n", "keep"), "there are no held-out problems (--test)")
 
 
-def check(settings):
+def validate(settings):
     """Raise ValueError on settings that cannot be, before any work is done."""
     def require(name, fine, expected):
         if not fine:
@@ -142,7 +143,7 @@ def given_labels(file, model, tokenizer, m, tests):
     (or `problem_id`); one without either stands for itself. ValueError on a held-out problem's
     record."""
     def check_ids(ids):
-        check_prompts(model, [ids], m)
+        validate_prompts(model, [ids], m)
 
     held_out = [(problem.id, tokenizer.ask(problem)) for problem in tests]
     examples = []
@@ -199,47 +200,45 @@ def read_material(settings, model, tokenizer, folder):
     tests = read_problems(test) if test else []
     if settings.labels:
         examples = given_labels(settings.labels, model, tokenizer, settings.m, tests)
-        split(examples, settings.validation, settings.seed)  # refuses labels of one problem alone
+        require_several({example.problem for example in examples})
         return Material([], examples, tests)
     problems = training_problems(settings, folder, tests)
     require_several(problems)
     return Material(problems, None, tests)
 
 
-def plan_of(material, model, tokenizer, settings):
-    """The Plan of a run on this material. Raises ValueError where it cannot be run to its end."""
+def forecast_of(material, model, tokenizer, settings):
+    """The Forecast of a run on this material. Raises ValueError where it cannot be run to its
+    end."""
     prompts = [tokenizer.ask(problem) for problem in material.problems or material.tests]
     if material.problems:
         require_room(model, prompts, settings)
     for problem in material.tests:
-        check_prompts(model, [tokenizer.ask(problem)], settings.max_new_tokens or settings.m)
+        validate_prompts(model, [tokenizer.ask(problem)], settings.max_new_tokens or settings.m)
     checkpoints = parse_checkpoints(settings.prefix)
     prefixes = len(prompts) * settings.prefixes * len(checkpoints)
     if material.examples is not None:
         prefixes = len(material.examples)
     if not prompts:
         prompts = [example.ids[:-checkpoints[0]] or example.ids for example in material.examples]
-    return make_plan(model, prompts, prefixes, material.tests, settings)
+    return make_forecast(model, prompts, prefixes, material.tests, settings)
 
 
 def run_in_folder(settings, model, tokenizer, folder, out):
     """Make labels (unless given), fit, evaluate (where there are held-out problems)."""
     material = read_material(settings, model, tokenizer, folder)
-    plan = plan_of(material, model, tokenizer, settings)
+    forecast = forecast_of(material, model, tokenizer, settings)
     if processes.is_first():
-        for line in [*plan.describe_work(), f"at most {plan.describe_hours()}"]:
+        for line in [*forecast.describe_work(), f"at most {forecast.describe_hours()}"]:
             print(f"plan: {line}", flush=True)
     if settings.plan:
         return
     identity = claim_run(settings, model, material, out)
     examples = material.examples
     if examples is None:
-        labels = make_labels(model, tokenizer, material.problems, settings, out, plan)
-        examples = []
-        for label in labels:
-            examples.append(Example(label["prefix_token_ids"], label["soft_label"], label["id"],
-                                    label["checkpoint"]))
-        split(examples, settings.validation, settings.seed)
+        restated = functools.partial(restate, forecast)
+        examples = make_labels(model, tokenizer, material.problems, settings, out, restated)
+        require_several({example.problem for example in examples})
     identity = digest(identity, [dataclasses.asdict(example) for example in examples])
     stop = fit(model, examples, settings, out, identity)
     scores = {}
@@ -270,7 +269,7 @@ def claim_run(settings, model, material, out):
 
 def run(settings):
     """The whole run, in its folder, which no other process may use meanwhile."""
-    check(settings)
+    validate(settings)
     model, tokenizer = open_model(settings)
     folder = find_folder(settings.model)
     say_other_sampling(settings, folder / "stop")

@@ -1,17 +1,20 @@
 """What a budget of tokens buys: the paper's guideline, a plan run for real, and the same plan
-replayed on stored paths."""
+replayed on stored paths, which gives the paths of `stop.launch_check_resume`: eval.py --verify
+compares them."""
 import dataclasses
 import math
 
 import numpy as np
 
+from engine.launch import launch_check_resume
 from eval import select
 from plumbing import processes
-from plumbing.answers import extract_answer, same_answer
+from plumbing.answers import same_answer
+from plumbing.grading import grade
 from plumbing.progress import progress
 from plumbing.statistics import interval
-from sample import sampling_of
-from stop import launch_check_resume, retention, vote
+from sample import decoded_tokens, sampling_of
+from stop import retention, vote
 
 
 def least_budget(prefix, task):
@@ -45,11 +48,11 @@ def run_plan(model, tokenizer, stop, problems, records, plan, settings):
     with progress("plan", len(share), "problem") as bar:
         for i in share:
             paths = launch_check_resume(
-                model, stop, records[i]["prompt_ids"], plan.n, cascade=list(plan.stages),
+                model, stop, records[i]["prompt_ids"], plan.n, stages=list(plan.stages),
                 max_new_tokens=settings.max_new_tokens, **sampling)
             kept = [path for path in paths if path.status != "pruned"]
             finished[i] = sorted(kept, key=lambda path: -path.score)
-            tokens[i] = sum(len(path.ids) - path.inherited for path in paths)
+            tokens[i] = decoded_tokens(paths)
             bar.update()
     return finished, tokens
 
@@ -61,8 +64,7 @@ def plan_row(model, tokenizer, stop, problems, records, plan, settings):
     found = []
     for i, paths in finished.items():
         problem = problems[i]
-        answers = [extract_answer(tokenizer.completion(path.ids), problem.kind) for path in paths]
-        right = [same_answer(answer, problem.answer, problem.kind) for answer in answers]
+        answers, right = grade(tokenizer, problem, [path.ids for path in paths])
         by_number = vote(answers, kind=problem.kind)
         by_weight = vote(answers, [path.score for path in paths], problem.kind)
         values = {

@@ -10,15 +10,16 @@ import time
 
 import torch
 
-from engine.fit import cache_bytes, new_stop
+from engine.fit import Prefixes, cache_bytes
+from engine.refill import Batch
 from plumbing import memory, processes
-from sample import Batch, Path, room, sampling_of
-from stop import parse_checkpoints
-from train import Example, Prefixes
+from plumbing.budget_plan import parse_checkpoints
+from sample import Path, room, sampling_of
+from train import Example, new_stop
 
 
 @dataclasses.dataclass
-class Plan:
+class Forecast:
     """A run's work, in numbers. Lengths are in tokens, rates in tokens a second, times in
     seconds."""
     problems: int           # to make labels from; 0 where the labels are given
@@ -84,7 +85,7 @@ def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
     cached keys are zeros there: they are read as fast as others."""
     capacity = max(len(prompt) for prompt in prompts) + limit
     paths = [Path(prompts[i % len(prompts)], i) for i in range(rows)]
-    batch = Batch(model, paths, rows, capacity, limit, sampling, eos_ids=())
+    batch = Batch(model, paths, capacity, limit, sampling, eos_ids=())
     most_steps = 1 + limit // 8
     spread = max(0, limit - most_steps - 1)
     begun = batch.cache.counts.tolist()
@@ -103,8 +104,8 @@ def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
     return rows * max(steps, 1) / (time.perf_counter() - start)
 
 
-def make_plan(model, prompts, prefixes, tests, settings):
-    """The Plan of a run from prompts (of its problems, or else of its tests) and the number of
+def make_forecast(model, prompts, prefixes, tests, settings):
+    """The Forecast of a run from prompts (of its problems, or else of its tests) and the number of
     prefixes, with every path as long as it may be. Rates are measured by a few steps."""
     limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
     capacity = max(len(prompt) for prompt in prompts) + limit
@@ -118,7 +119,7 @@ def make_plan(model, prompts, prefixes, tests, settings):
         print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)
     rate = decoding_rate(model, prompts, max(1, min(rows, paths)), limit, sampling_of(settings))
     longest = max(prompts, key=len)
-    return Plan(
+    return Forecast(
         problems=problems,
         paths=settings.paths,
         prefixes=prefixes,
@@ -153,17 +154,17 @@ def fit_seconds(model, prompt, prefixes, settings):
     return passes * (reading * (1 if kept else settings.epochs) + step * settings.epochs)
 
 
-def restate(plan, records, cuts):
-    """Print the plan again once the paths are there: their lengths and the prefixes that stay are
-    known."""
+def restate(forecast, records, cuts):
+    """Print the forecast again once the paths are there: their lengths and the prefixes that stay
+    are known."""
     lengths = [len(path) for record in records for path in record["paths"]]
     beyond = [len(cut.path) - len(cut.prefix) for cut in cuts]
-    plan = dataclasses.replace(
-        plan,
+    forecast = dataclasses.replace(
+        forecast,
         problems=0,
         prefixes=len(cuts),
         path_length=sum(lengths) / len(lengths),
         rollout_length=sum(beyond) / max(1, len(beyond)),
-        fit_seconds=plan.fit_seconds * len(cuts) / plan.prefixes)
-    print(f"plan: paths have {plan.path_length:,.0f} tokens on average; still to come: "
-          f"{plan.describe_hours()}", flush=True)
+        fit_seconds=forecast.fit_seconds * len(cuts) / forecast.prefixes)
+    print(f"plan: paths have {forecast.path_length:,.0f} tokens on average; still to come: "
+          f"{forecast.describe_hours()}", flush=True)

@@ -1,34 +1,43 @@
-"""The whole protocol of eval.py on stored paths, shared by a run's processes, and its report."""
+"""`eval.protocol` on stored paths, shared by the processes of a run, with a plan for a budget as a
+row of its own, what --verify asks for, and the report as a file.
+test_9_the_engine_equals_the_story (tests/test_invariants.py) compares them.
+"""
 import dataclasses
 import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from baselines import (
-    AGGREGATES, JUDGE, confidence, judge_scores, redundancy, token_set_cover)
+from baselines import AGGREGATES, Signal
 from engine.budget import plan_row, report_same, verify_kept
 from engine.stored import sample_paths
-from eval import STOP, evaluate, table
+from eval import RANDOM, STOP, all_scores, evaluate, random_scores, table
 from plumbing import processes
-from plumbing.budget_plan import check_stages
-from plumbing.progress import progress
+from plumbing.budget_plan import BudgetPlan, validate_stages
 from plumbing.records import write_atomic
 from plumbing.statistics import interval
-from sample import check_prompts, room, sampling_of
+from sample import require_counts, sampling_of, validate_prompts
 
 
-def check(settings, window, aggregate):
+class Options(NamedTuple):
+    """What the protocol can be asked for beside its settings."""
+    judge: tuple | None = None    # its (Decoder, Tokenizer)
+    window: int | None = None     # DeepConf's, in tokens; None: an eighth of the checkpoint
+    aggregate: str = "last"       # how rewards of steps become a score: last, min or mean
+    verify: bool = False          # launch each problem again, and compare the kept paths
+    plan: BudgetPlan | None = None  # to run too
+
+
+def validate(settings, window, aggregate):
     """ValueError on a setting that cannot be. One that is None is not known yet."""
     sampling_of(settings)
-    positive = ("n", "keep", "prefix", "problems", "max_new_tokens", "batch", "budget")
-    given = {name: getattr(settings, name, None) for name in positive} | {"window": window}
-    for name, found in given.items():
-        if found is not None and found < 1:
-            raise ValueError(f"{name}: found {found}, expected at least 1")
+    require_counts(
+        n=settings.n, keep=settings.keep, prefix=settings.prefix, problems=settings.problems,
+        max_new_tokens=settings.max_new_tokens, batch=settings.batch, window=window)
     if settings.keep > settings.n:
         raise ValueError(f"keep: found {settings.keep}, expected 1 to n = {settings.n}")
     if aggregate not in AGGREGATES:
@@ -41,8 +50,7 @@ def resolve(settings, stop, model, prompts):
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
-    limit = stop.limit(settings.max_new_tokens)
-    limit = min(room(model, prompt, limit) for prompt in prompts)
+    limit = min(stop.limit(model, prompt, settings.max_new_tokens) for prompt in prompts)
     return dataclasses.replace(settings, prefix=prefix, max_new_tokens=limit)
 
 
@@ -58,14 +66,13 @@ def shared(score, problems, records):
     return whole
 
 
-def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None,
-        aggregate="last", verify=False, plan=None):
+def run(model, tokenizer, stop, problems, settings, out, options=Options()):
     """The whole protocol: prints the table, writes out/report.json, returns the report.
 
-    settings: these, or train.py's. out: a pathlib.Path. judge: its (Decoder, Tokenizer), or None.
-    window, aggregate (judge_aggregate), verify: as in Settings. plan: a BudgetPlan to run, or None.
-    ValueError on a setting that cannot be, before any path is sampled.
+    settings: eval.py's, or train.py's. out: a pathlib.Path. ValueError on a setting that cannot be,
+    before any path is sampled.
     """
+    judge, window, aggregate, verify, plan = options
     if not problems:
         raise ValueError("problems: found 0, expected at least 1")
     prompts = [tokenizer.ask(problem) for problem in problems]
@@ -74,43 +81,30 @@ def run(model, tokenizer, stop, problems, settings, out, judge=None, window=None
     limit = settings.max_new_tokens
     if window is None:
         window = max(1, prefix // 8)
-    check(settings, window, aggregate)
-    check_prompts(model, prompts, max(limit, min(limit, prefix) + stop.m))
+    validate(settings, window, aggregate)
+    validate_prompts(model, prompts, max(limit, min(limit, prefix) + stop.m))
     if verify and prefix >= limit:
         raise ValueError(f"prefix: found {prefix}, expected less than {limit} new tokens to verify")
     if plan is not None:
-        check_stages(plan.stages, plan.n, limit, f"plan.json: the plan for {plan.budget} tokens")
+        place = f"plan.json: the plan for {plan.budget} tokens"
+        validate_stages(plan.stages, plan.n, limit, place)
 
     records = sample_paths(
         model, tokenizer, problems, out, settings.n, limit, sampling_of(settings), settings.batch)
 
     def score(problems, records):
-        confidences = confidence(model, records, prefix, window)
-        chances = np.exp(confidences["mean log-probability (III)"])  # of a token, geometric mean
-        scores = {
-            "Jaccard (I)": redundancy(records, prefix),
-            "token set cover (I)": token_set_cover(records, prefix, chances)}
-        if judge is not None:
-            scores[JUDGE] = judge_scores(*judge, tokenizer, problems, records, prefix, aggregate)
-        scores |= confidences
-        prefixes = []
-        for record in records:
-            prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
-        with progress("check", len(prefixes), "prefix") as bar:
-            chances = stop.score(model, prefixes, batch=64, bar=bar)
-        scores[STOP] = chances.double().cpu().numpy()
-        return scores
+        return all_scores(
+            model, tokenizer, stop, problems, records, prefix, judge, window, aggregate)
 
-    scorers = {"random": np.random.default_rng(0).random(len(records) * settings.n)}
-    scorers |= shared(score, problems, records)
+    scorers = {RANDOM: random_scores(records)} | shared(score, problems, records)
     report = {"settings": dataclasses.asdict(settings) | {"window": window}}
-    report |= evaluate(problems, records, scorers, prefix, settings.keep, reread={JUDGE})
+    report |= evaluate(problems, records, scorers, prefix, settings.keep)
     same = None
     if plan is not None:
         row, same = plan_row(model, tokenizer, stop, problems, records, plan, settings)
         ahead = report["rows"][STOP]["per_problem"]["avg"] - row["per_problem"]["avg"]
         row["stop_minus"] = interval(ahead)
-        report["rows"][f"plan for {plan.budget} tokens: {plan}"] = row
+        report["rows"][Signal(f"plan for {plan.budget} tokens: {plan}")] = row
     if processes.is_first():
         print(table(report))
         write_report(report, out / "report.json")

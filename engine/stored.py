@@ -1,18 +1,19 @@
-"""Paths and labels as jobs: a record as soon as it is made, and taken up where a run stopped.
+"""`sample.sample_paths` and `train.make_labels` as jobs: a record as soon as it is made, taken up
+where a run stopped, shared by the processes of a run. tests/engine/test_stored.py and
+test_9_the_engine_equals_the_story (tests/test_invariants.py) compare them.
 
 A file of paths is named by all that shapes them, the weights included.
 """
 import dataclasses
 
-from engine.forecast import restate
+from engine.refill import sample_all
 from plumbing import processes
-from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import fingerprint, weights_digest
+from plumbing.grading import grade
 from plumbing.progress import progress
 from plumbing.records import Job, digest
-from sample import check_prompts, room, sample_all, sampling_of
-from stop import parse_checkpoints
-from train import count_right, cut_prefixes, stratify
+from sample import room, sampling_of, validate_prompts
+from train import Example, count_right, cut_prefixes, require_room, stratify
 
 
 def model_digest(model):
@@ -27,15 +28,12 @@ def stop_digest(stop):
 
 def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling, batch=None):
     """n finished, graded paths of each problem, stored in `folder` and read from there the next
-    time.
+    time: the records of `sample.sample_paths`.
 
-    Returns records in the order of the problems: {"id", "prompt_ids", "answers", "right",
-    "paths"}, the last three with an entry a path. The file is named by all that shapes the paths,
-    weights included. Interrupted, it is taken up where it stopped; ValueError on an edited line or
-    another run's."""
+    Interrupted, it is taken up where it stopped; ValueError on an edited line or another run's."""
     prompts = [tokenizer.ask(problem) for problem in problems]
     limit = min(room(model, prompt, max_new_tokens) for prompt in prompts)
-    check_prompts(model, prompts, limit)
+    validate_prompts(model, prompts, limit)
     graded = [[problem.id, problem.kind, problem.answer] for problem in problems]
     identity = digest(model_digest(model), list(model.config.eos_ids),
                       prompts, graded, n, limit, dataclasses.asdict(sampling))
@@ -45,50 +43,38 @@ def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling
     todo = processes.mine(job.todo())
 
     def store(number, paths):
-        problem = problems[todo[number]]
-        answers = [extract_answer(tokenizer.completion(path.ids), problem.kind) for path in paths]
-        right = [same_answer(answer, problem.answer, problem.kind) for answer in answers]
         ids = [path.ids for path in paths]
+        answers, right = grade(tokenizer, problems[todo[number]], ids)
         job.add(todo[number], {"answers": answers, "right": right, "paths": ids})
 
+    missing = [prompts[i] for i in todo]
     with job, progress("paths", len(todo) * n * limit, "tok") as bar:
-        sample_all(model, [prompts[i] for i in todo], n, limit, sampling, store, None, batch, bar)
+        sample_all(model, missing, n, limit, sampling, store, batch=batch, bar=bar)
     return job.finish()
 
 
-def make_labels(model, tokenizer, problems, settings, out, plan):
-    """Soft labels of prefixes, a record each in out/labels.jsonl; -> the records, in order."""
-    sampling = sampling_of(settings)
+def make_labels(model, tokenizer, problems, settings, out, told=None):
+    """The Examples of `train.make_labels`, a record each in out/labels.jsonl. told(records, cuts)
+    is called once the paths are there and cut."""
     records = sample_paths(model, tokenizer, problems, out, settings.paths, settings.max_new_tokens,
-                           sampling, settings.batch)
-    staying = stratify(records, settings)
-    pairs = zip(records, problems)
-    kept = [pair for pair, stays in zip(pairs, staying) if stays]
-    cuts = cut_prefixes(kept, settings)
+                           sampling_of(settings), settings.batch)
+    staying = stratify(records, problems, settings)
+    cuts = cut_prefixes(staying, settings)
     if processes.is_first():
-        print(f"stratified: {len(kept)} of {len(problems)} problems stay, with {len(cuts)} "
+        print(f"stratified: {len(staying)} of {len(problems)} problems stay, with {len(cuts)} "
               "prefixes", flush=True)
-        restate(plan, records, cuts)
+        if told is not None:
+            told(records, cuts)
     limit = require_room(model, [record["prompt_ids"] for record in records], settings)
-    return roll_out(model, tokenizer, cuts, limit, settings, out)
-
-
-def require_room(model, prompts, settings):
-    """The limit of these prompts' paths, in new tokens. Raises ValueError unless every checkpoint
-    leaves room for rollouts and for [STOP] tokens."""
-    last = max(parse_checkpoints(settings.prefix))
-    limit = min(room(model, prompt, settings.max_new_tokens) for prompt in prompts)
-    if limit <= last:
-        raise ValueError(
-            f"prefix: found {last}, expected less than the limit of {limit} new tokens")
-    check_prompts(model, prompts, max(limit, last + settings.m))
-    return limit
+    examples = []
+    for label in roll_out(model, tokenizer, cuts, limit, settings, out):
+        examples.append(Example(label["prefix_token_ids"], label["soft_label"], label["id"],
+                                label["checkpoint"]))
+    return examples
 
 
 def roll_out(model, tokenizer, cuts, limit, settings, out):
-    """The soft labels of Cuts: the share of K continuations that end right, prefix and continuation
-    together of at most `limit` new tokens. A path that has ended gets its own grade; with K = 0
-    every path does."""
+    """The soft labels of Cuts, as `train.roll_out` gives them: a record each."""
     if not cuts:
         raise ValueError(
             f"data: found no problem with {settings.low} to {settings.high} of {settings.paths} "
@@ -97,8 +83,7 @@ def roll_out(model, tokenizer, cuts, limit, settings, out):
     sampling = sampling_of(settings)
     graded = [[cut.problem.kind, cut.problem.answer] for cut in cuts]
     identity = digest(model_digest(model), dataclasses.asdict(sampling), graded, K, limit)
-    job = Job(out / "labels.jsonl", identity, [cut.head() for cut in cuts])
-
+    job = Job(out / "labels.jsonl", identity, [about(cut) for cut in cuts])
     most = max(1, K)  # successes that a label may have
 
     def add(i, successes):
@@ -113,14 +98,21 @@ def roll_out(model, tokenizer, cuts, limit, settings, out):
                 running.append(i)
         for checkpoint in sorted({cuts[i].checkpoint for i in running}):
             chosen = [i for i in running if cuts[i].checkpoint == checkpoint]
-            prompts = [job.heads[i]["prefix_token_ids"] for i in chosen]
+            prompts = [cuts[i].prefix_ids for i in chosen]
 
-            def grade(place, paths):
-                cut = cuts[chosen[place]]
-                add(chosen[place], count_right(tokenizer, cut, paths))
+            def count(place, paths):
+                i = chosen[place]
+                add(i, count_right(tokenizer, cuts[i], paths))
 
             length = limit - checkpoint
-            with progress(f"rollouts from {checkpoint}", len(prompts) * K * length, "tok") as bar:
+            total = len(prompts) * K * length
+            with progress(f"rollouts from {checkpoint}", total, "tok") as bar:
                 sample_all(
-                    model, prompts, K, length, sampling, grade, batch=settings.batch, bar=bar)
+                    model, prompts, K, length, sampling, count, batch=settings.batch, bar=bar)
     return job.finish()
+
+
+def about(cut):
+    """The fields of a Cut's label that say which one it is."""
+    return {"id": cut.record["id"], "path": cut.number, "checkpoint": cut.checkpoint,
+            "prefix_token_ids": cut.prefix_ids}

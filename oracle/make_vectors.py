@@ -22,7 +22,7 @@ import mistakes  # noqa: E402
 import reference  # noqa: E402
 from plumbing.command_line import command_line, option  # noqa: E402
 from sample import draw, generate, probabilities  # noqa: E402
-from stop import launch_check_resume  # noqa: E402
+from stop import Watcher, launch_check_resume  # noqa: E402
 from vector_files import stop_in_json, write_json  # noqa: E402
 
 CLOSE = 2e-5        # logits, noise and top-p may move by so much
@@ -108,14 +108,15 @@ def find_seed(model, stop, run, vocab):
         inputs = cases.run_inputs(run, seed, vocab)
         checks = []
 
-        def record(checkpoint, checked, kept):
-            stayed = [path.score for path in kept]
-            left = [path.score for path in checked if path.status == "pruned"]
-            checks.append(SimpleNamespace(stayed=stayed, left=left))
+        class Recorder(Watcher):
+            def checked(self, stage, checked, kept):
+                stayed = [path.score for path in kept]
+                left = [path.score for path in checked if path.status == "pruned"]
+                checks.append(SimpleNamespace(stayed=stayed, left=left))
 
         with reference.without_head(stop, run.zero_head):
             paths = launch_check_resume(
-                model, stop, inputs["prompt_ids"], run.n, cascade=run.stages, on_check=record,
+                model, stop, inputs["prompt_ids"], run.n, stages=run.stages, watcher=Recorder(),
                 **reference.settings_of(inputs))
         if not shows_enough(run.name, paths, inputs) or not gaps_are_wide(checks, run.zero_head):
             continue

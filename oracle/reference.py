@@ -9,7 +9,7 @@ import torch
 from commands.stop import logits_and_states
 from compare import LEVELS
 from sample import Path, branch_key, draw, generate, path_key, prefill, probabilities, uniform
-from stop import launch_check_resume, rank, vote
+from stop import best_paths, launch_check_resume, vote
 
 LAST = 4  # hidden states are shown at the last so many positions of a prefix
 
@@ -101,7 +101,7 @@ def choices_rows(inputs):
     for problem in inputs["ranks"]:
         scores = [float(np.float32(score)) for score in problem["scores"]]
         paths = [Path([], index, score=score) for index, score in enumerate(scores)]
-        kept, _ = rank(paths, problem["keep"])
+        kept, _ = best_paths(paths, problem["keep"])
         ranks.append(sorted(path.index for path in kept))
     votes = []
     for problem in inputs["votes"]:
@@ -161,7 +161,7 @@ def run_rows(model, stop, runs):
         stages = [tuple(stage) for stage in run["stages"]]
         with without_head(stop, run["zero_head"]):
             paths = launch_check_resume(
-                model, stop, prompt, run["n"], cascade=stages, **settings_of(run))
+                model, stop, prompt, run["n"], stages=stages, **settings_of(run))
         rows["uninterrupted"].append(describe(whole))
         rows["paths"].append(describe(paths))
         rows["kept"].append(kept_names(paths))

@@ -20,6 +20,7 @@ from plumbing.files import is_there
 from plumbing.records import read_json, write_atomic
 
 NAME = "plan.json"
+CHECKPOINTS = re.compile(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", re.ASCII)  # numbers of new tokens
 METRICS = ("tokens", "avg", "cons", "weighted", "pass")  # what a plan is expected to take and give
 
 
@@ -33,6 +34,16 @@ class Stage(NamedTuple):
     def __str__(self):
         text = f"{self.checkpoint}:{self.keep}"
         return text if self.branch == 1 else f"{text}x{self.branch}"
+
+
+def parse_checkpoints(text):
+    """"2048,1024" -> [2048, 1024]: different numbers of new tokens."""
+    if CHECKPOINTS.fullmatch(text):
+        checkpoints = [int(number) for number in text.split(",")]
+        if len(set(checkpoints)) == len(checkpoints):
+            return checkpoints
+    raise ValueError(
+        f"prefix: found {shown(text)}, expected a number of tokens, or several as in 1024,2048")
 
 
 def parse_cascade(text):
@@ -49,16 +60,16 @@ def parse_cascade(text):
     return stages
 
 
-def check_stages(stages, n, max_new_tokens=math.inf, source=None):
+def validate_stages(stages, n, max_new_tokens=math.inf, source=None):
     """Raise ValueError unless checkpoints rise and no check keeps more paths than there are.
     source: where they stand, if not in --prefix, --keep and --branch."""
     try:
-        _check_stages(stages, n, max_new_tokens)
+        _validate_stages(stages, n, max_new_tokens)
     except ValueError as error:
         raise ValueError(str(error) if source is None else f"{source}: {error}") from None
 
 
-def _check_stages(stages, n, max_new_tokens):
+def _validate_stages(stages, n, max_new_tokens):
     earlier = 0
     had = n
     for stage in stages:
@@ -132,7 +143,7 @@ def _read_plan(place, record):
         raise ValueError(f"{place}: stages: found {shown(text)}, expected text as in 24:6x4,80:2x4")
     try:
         stages = parse_cascade(text)
-        check_stages(stages, record["n"])
+        validate_stages(stages, record["n"])
     except ValueError as error:
         raise ValueError(f"{place}: stages: {error}") from None
     expected = {key: record[key] for key in METRICS}

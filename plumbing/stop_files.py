@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from plumbing.budget_plan import CHECKPOINTS
 from plumbing.checkpoint import Keys, is_finite, open_tensors, read_tensors, tensors_digest
 from plumbing.files import is_there, read_bytes
 from plumbing.records import read_json, write_atomic
@@ -75,8 +76,7 @@ def read_trained(trained, json_file):
     keys = Keys(Keys(trained, json_file).mapping("settings"), json_file)
     checkpoints = "a number of tokens, or several as in 1024,2048"
     prefix = keys.read("prefix", (int, str), checkpoints, "2048")
-    are_numbers = re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", str(prefix), re.ASCII)
-    keys.require("prefix", are_numbers, checkpoints)
+    keys.require("prefix", CHECKPOINTS.fullmatch(str(prefix)), checkpoints)
     keys.integer("max_new_tokens", 1)  # absent: what the context leaves
     return {key: value for key, value in trained.items() if value is not None}
 

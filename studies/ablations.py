@@ -60,6 +60,7 @@ from engine import fit as engine_fit
 from engine.stored import model_digest
 from eval import cell, evaluate
 from model import Decoder
+from plumbing.budget_plan import parse_checkpoints
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import command_line, option, refuse_flags, require_positive, shown
 from plumbing.problems import read_problems
@@ -68,9 +69,9 @@ from plumbing.records import (
     claim, digest, locked, read_records, read_sealed, write_atomic, write_sealed)
 from plumbing.statistics import Interval, interval
 from plumbing.tokenizer import Tokenizer
-from sample import check_prompts, prefill, require_finite
+from sample import prefill, require_finite, validate_prompts
 from shared import labels_file, read_ceilings, read_seeds, require, stored_paths
-from stop import Stop, like_lengths, parse_checkpoints
+from stop import Stop, like_lengths
 
 HIDDEN = 512  # of the two-layer heads, as STEP has it
 BATCH = 64    # prefixes scored in one pass
@@ -418,9 +419,9 @@ def fit_ranking(model, examples, settings, out):
     validation problems is returned, and lies in out/stop."""
     training, validation = train.split(examples, settings.validation, settings.seed)
     kept = engine_fit.cache_bytes(model, settings) / 2
-    training = train.Prefixes(model, training, settings.batch_size, settings.m, kept)
-    validation = train.Prefixes(model, validation, settings.batch_size, settings.m, kept)
-    stop = engine_fit.new_stop(model, settings)
+    training = engine_fit.Prefixes(model, training, settings.batch_size, settings.m, kept)
+    validation = engine_fit.Prefixes(model, validation, settings.batch_size, settings.m, kept)
+    stop = train.new_stop(model, settings)
 
     def loss_of(prefixes, number):
         cache, labels = prefixes[number]
@@ -601,7 +602,7 @@ def stop_chances(stop, model, cache, hidden):
 def score(model, scorers, prefixes, longest, batch=BATCH):
     """{key: (N, ...) float32} of all scorers on the prefixes, each of which is prefilled once, with
     `longest` positions behind it. A scorer gives chances (B,), or states (B, hidden)."""
-    check_prompts(model, prefixes, longest)
+    validate_prompts(model, prefixes, longest)
     found = {}
     with progress("check", len(prefixes), "prefix") as bar:
         for rows in like_lengths(prefixes, batch):
@@ -777,7 +778,7 @@ def read_names(text):
 
 def check(settings):
     """ValueError on settings that cannot be, before any work is done."""
-    train_command.check(settings)
+    train_command.validate(settings)
     require_positive(settings, "head_epochs")
     require("plan", not settings.plan, settings.plan, "a run of train.py: a study has no plan")
 

@@ -19,12 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from commands.common import open_model
+from engine.refill import generate
 from model import Attend
 from plumbing.answers import extract_answer, same_answer
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import Problem
 from plumbing.records import write_atomic
-from sample import generate, prefill, room, sampling_of
+from sample import prefill, sampling_of
 from shared import StopSettings, load_problems, load_stop, require, require_targets
 
 PARTS = ("prompt", "prefix", "stop")  # what is attended to
@@ -138,7 +139,7 @@ def read_path(model, stop, tokenizer, problem, path, checkpoint, layer):
 def contrast(model, stop, tokenizer, problem, settings, checkpoint):
     """The Contrast of a problem: n paths are sampled and scored, some of both ends are read."""
     prompt = tokenizer.ask(problem)
-    limit = room(model, prompt, stop.limit(settings.max_new_tokens))
+    limit = stop.limit(model, prompt, settings.max_new_tokens)
     sampling = dataclasses.asdict(sampling_of(settings))
     (paths,) = generate(model, [prompt], settings.n, limit, batch=settings.batch, **sampling)
     scores = stop.score(model, [prompt + path.ids[:checkpoint] for path in paths]).tolist()

@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from commands.common import open_model, stop_folder
 from engine.budget import by_guideline, least_budget
 from engine.forecast import decoding_rate
+from engine.refill import generate
 from engine.stored import stop_digest
 from eval import cell
 from forest import (
@@ -58,7 +59,7 @@ from plumbing.command_line import command_line, option, require_choice, require_
 from plumbing.files import require_target
 from plumbing.records import locked, write_atomic
 from plumbing.statistics import Interval, interval
-from sample import check_prompts, generate, prefill, room, sampling_of
+from sample import prefill, sampling_of, validate_prompts
 from shared import (
     StopSettings, load_problems, load_stop, numbers, read_ceilings, read_seeds, require,
     write_table)
@@ -437,15 +438,14 @@ def open_field(settings):
     problems = load_problems(settings)[:settings.problems]
     require("problems", len(problems) >= 4, len(problems), "at least 4, for two halves")
     prompts = [tokenizer.ask(problem) for problem in problems]
-    limit = stop.limit(settings.max_new_tokens)
-    limit = min(room(model, prompt, limit) for prompt in prompts)
+    limit = min(stop.limit(model, prompt, settings.max_new_tokens) for prompt in prompts)
     checkpoints = stop.trained_for()
     if settings.checkpoints is not None:
         checkpoints = numbers("checkpoints", settings.checkpoints)
         different = len(set(checkpoints)) == len(checkpoints)
         require("checkpoints", different, settings.checkpoints, "each checkpoint once")
     require("checkpoints", max(checkpoints) < limit, checkpoints, f"less than {limit} new tokens")
-    check_prompts(model, prompts, max(limit, max(checkpoints) + stop.m))
+    validate_prompts(model, prompts, max(limit, max(checkpoints) + stop.m))
     return Field(model, tokenizer, stop, problems, limit, Path(settings.out)), checkpoints
 
 

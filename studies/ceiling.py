@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from commands import train as train_command
 from engine.protocol import no_number
-from engine.stored import model_digest, require_room, roll_out
+from engine.stored import model_digest, roll_out
 from eval import cell, select
 from plumbing import processes
 from plumbing.command_line import Common, command_line, option, require_positive
@@ -76,7 +76,7 @@ def successes(stored, checkpoint, settings, folder):
     common = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Common)}
     how = train_command.Settings(**common, prefix=str(checkpoint), rollouts=settings.rollouts)
     prompts = [record["prompt_ids"] for record in stored.records]
-    limit = require_room(stored.model, prompts, how)
+    limit = train.require_room(stored.model, prompts, how)
     labels = roll_out(stored.model, stored.tokenizer, cuts, limit, how, folder)
     by_prefix = {(label["id"], label["path"]): label["successes"] for label in labels}
     counts = []
@@ -221,7 +221,7 @@ def main(settings):
     stored = open_stored(settings)
     if settings.prefixes is None:
         stored.prefixes = sorted(stored.stop.trained_for())
-    limit = stored.stop.limit(settings.max_new_tokens)
+    limit = settings.max_new_tokens or stored.stop.trained_limit()
     settings = dataclasses.replace(settings, max_new_tokens=limit)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

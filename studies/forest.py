@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from baselines import entropy
+from engine.refill import Batch
 from engine.stored import model_digest, stop_digest
 from plumbing import processes
 from plumbing.answers import extract_answer, same_answer, same_vote
 from plumbing.progress import progress
 from plumbing.records import Job, digest
-from sample import Batch, Path, branch_key, uniform
+from sample import Path, branch_key, uniform
 from stop import of_first_equal
 
 TOGETHER = 1024  # rows launched in one batch: several problems
@@ -270,7 +271,7 @@ def grow(model, signal, prompts, plans, limit, sampling, extra):
 
     paths = [path for tree in trees for path in tree.paths]
     ends = [*checkpoints, limit]
-    batch = Grove(model, paths, len(paths), longest + ends[0], limit, sampling)
+    batch = Grove(model, paths, longest + ends[0], limit, sampling)
     for checkpoint, end in zip(checkpoints, ends[1:]):
         running = list(batch.live)
         batch.decode(until=checkpoint)

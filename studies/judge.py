@@ -72,7 +72,7 @@ def check(settings):
     for field in dataclasses.fields(train_command.Settings):
         if hasattr(settings, field.name):
             setattr(as_in_training, field.name, getattr(settings, field.name))
-    train_command.check(as_in_training)
+    train_command.validate(as_in_training)
 
 
 def try_folder(out):

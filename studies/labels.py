@@ -51,9 +51,11 @@ from ablations import interval_with_seeds, score, stop_chances
 from commands import train as train_command
 from commands.common import open_model
 from engine import fit as engine_fit
-from engine.stored import model_digest, sample_paths
+from engine.refill import sample_all
+from engine.stored import about, model_digest, sample_paths
 from eval import cell, evaluate
 from model import Decoder
+from plumbing.budget_plan import parse_checkpoints
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, check_values, command_line, option, require_positive
 from plumbing.problems import read_problems, read_sources, without_held_out
@@ -61,9 +63,8 @@ from plumbing.processes import side_by_side
 from plumbing.progress import progress
 from plumbing.records import Job, claim, digest, locked, read_sealed, write_atomic, write_sealed
 from plumbing.tokenizer import Tokenizer
-from sample import prefill, room, sample_all, sampling_of
+from sample import prefill, room, sampling_of
 from shared import numbers, read_seeds, require, stored_paths
-from stop import parse_checkpoints
 
 WAYS = ("outcomes", "rollouts", "mixed")
 PAIRS = (("outcomes", "rollouts"), ("mixed", "rollouts"), ("mixed", "outcomes"))
@@ -213,7 +214,7 @@ def roll_out(study, drawn, problems, folder, seed):
         one.successes = {}
     sampling = study.sampling(seed)
     graded = [[problem.kind, problem.answer] for problem in problems]
-    heads = [cut.head() for cut in cuts]
+    heads = [about(cut) for cut in cuts]
     identity = digest(model_digest(study.model), dataclasses.asdict(sampling), graded, K,
                       study.limit, heads)
     job = Job(folder / f"rollouts-{identity[:12]}.jsonl", identity, heads)
@@ -298,9 +299,9 @@ def read_paths(study, pool):
     return cache
 
 
-class CutRows(train.Prefixes):
-    """train.Prefixes whose caches are rows of one cache, each cut to its prefix: paths are read
-    once for all fits."""
+class CutRows(engine_fit.Prefixes):
+    """Prefixes whose caches are rows of one cache, each cut to its prefix: paths are read once for
+    all fits."""
 
     def __init__(self, model, prefixes, batch_size, m, paths):
         super().__init__(model, prefixes, batch_size, m, cache_bytes=0)
@@ -334,14 +335,14 @@ def fit(study, prefixes, paths, seed):
     recipe.epochs = epochs_of(len(training), recipe)
     training = CutRows(study.model, training, recipe.batch_size, recipe.m, paths)
     held = CutRows(study.model, held, recipe.batch_size, recipe.m, paths)
-    stop = engine_fit.new_stop(study.model, recipe)
+    stop = train.new_stop(study.model, recipe)
     optimizer = torch.optim.AdamW(stop.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     best = math.inf
     steps = recipe.epochs * math.ceil(len(training.batches) / recipe.accumulation)
     with progress("fit", steps, "step") as bar:
         for epoch in range(recipe.epochs):
-            train.train_epoch(study.model, stop, optimizer, training, recipe, epoch, bar)
-            row = train.validate(study.model, stop, held)
+            engine_fit.train_epoch(study.model, stop, optimizer, training, recipe, epoch, bar)
+            row = engine_fit.validate(study.model, stop, held)
             if row["validation_loss"] < best:
                 best = row["validation_loss"]
                 metrics = row | {"epoch": epoch + 1, "epochs": recipe.epochs, "steps": steps}
@@ -394,7 +395,7 @@ def read_fit(study, way, budget, seed):
     file = fit_file(study, way, budget, seed)
     content = read_sealed(file, identity_of(study, way, budget, seed), "remove it to fit again")
     saved = torch.load(io.BytesIO(content), map_location=study.model.device, weights_only=True)
-    stop = engine_fit.new_stop(study.model, study.recipe)
+    stop = train.new_stop(study.model, study.recipe)
     stop.load_state_dict(saved["stop"])
     return stop.eval(), saved["about"]
 
@@ -581,7 +582,7 @@ def read_recipe(settings):
     content, file = train_command.recipe({"model": settings.model})
     check_values(train_command.Settings, content, file)
     recipe = train_command.Settings(**content)
-    train_command.check(recipe)
+    train_command.validate(recipe)
     return dataclasses.replace(recipe, prefix=settings.prefix)
 
 

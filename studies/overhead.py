@@ -25,10 +25,11 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from baselines import CONFIDENCES, JUDGE, confidence, judge_scores, redundancy
 from commands.common import open_model
+from engine.refill import Batch
 from eval import STOP, select
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.records import write_atomic
-from sample import Batch, Path, Sampling, check_prompts, sampling_of
+from sample import Path, Sampling, sampling_of, validate_prompts
 from shared import StopSettings, load_judge, load_problems, load_stop, require, require_targets
 from stop import score_live
 
@@ -148,8 +149,7 @@ def run_once(model, work, verify):
     start = now(device)
     paths = [Path(list(work.prompt), index) for index in range(work.n)]
     capacity = prompt_length + work.limit + work.m
-    batch = Batch(
-        model, paths, work.n, capacity, work.limit, work.sampling, eos_ids=())
+    batch = Batch(model, paths, capacity, work.limit, work.sampling, eos_ids=())
     batch.decode(until=work.prefix)
     batch.settle()
     launched = now(device)
@@ -251,7 +251,7 @@ def plan(settings, stop, prompt):
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
-    limit = stop.limit(settings.max_new_tokens) or 2 * prefix
+    limit = settings.max_new_tokens or stop.trained_limit() or 2 * prefix
     keep = settings.keep
     if keep is None:
         keep = max(1, settings.n // 8)
@@ -273,7 +273,7 @@ def main(settings):
     judge = load_judge(settings)
     problem = load_problems(settings)[0]
     work = plan(settings, stop, tokenizer.ask(problem))
-    check_prompts(model, [work.prompt], work.limit + stop.m)
+    validate_prompts(model, [work.prompt], work.limit + stop.m)
     functions = verifiers(model, stop, judge, tokenizer, problem, work.prefix)
     costs = measure(model, work, functions, settings.rounds)
     rows = summarise(costs, work.n, work.prefix)

@@ -16,12 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from commands import picture
 from commands.common import open_model
+from commands.stop import Narrator
+from engine.launch import launch_check_resume
+from engine.refill import generate
 from plumbing.answers import extract_answer
 from plumbing.budget_plan import parse_cascade
 from plumbing.command_line import command_line, option, require_positive, shown
-from sample import generate, room, sampling_of
+from sample import decoded_tokens, sampling_of
 from shared import StopSettings, load_problems, load_stop
-from stop import launch_check_resume
 from toy.reading import wrong_part
 
 
@@ -51,37 +53,35 @@ def find_problem(problems, name):
 def runs_of(model, tokenizer, stop, problem, settings):
     """The picture.Run of a problem, and that without pruning, or None."""
     prompt = tokenizer.ask(problem)
-    limit = stop.limit(settings.max_new_tokens)
+    limit = stop.limit(model, prompt, settings.max_new_tokens)
     prefix = settings.prefix
     if prefix is None:
         prefix = stop.trained_for()[0]
-    cascade = None if settings.cascade is None else parse_cascade(settings.cascade)
-    checks = []
+    stages = [(prefix, settings.keep)]
+    if settings.cascade is not None:
+        stages = parse_cascade(settings.cascade)
+    narrator = Narrator(quiet=True)
 
     def answer_of(path):
         return extract_answer(tokenizer.completion(path.ids), problem.kind)
-
-    def on_check(checkpoint, checked, kept):
-        checks.append(picture.check_of(checkpoint, checked, kept))
 
     def drawn(paths, checks, saved):
         return picture.record(
             problem.problem, paths, checks, tokenizer, answer_of, saved, problem.kind,
             problem.answer, functools.partial(wrong_part, problem.problem))
 
-    limit = room(model, prompt, limit)
     sampling = dataclasses.asdict(sampling_of(settings))
     paths = launch_check_resume(
-        model, stop, prompt, settings.n, settings.keep, prefix, cascade, limit, **sampling,
-        on_check=on_check)
-    tokens = sum(len(path.ids) - path.inherited for path in paths)
+        model, stop, prompt, settings.n, stages=stages, max_new_tokens=limit, watcher=narrator,
+        **sampling)
+    tokens = decoded_tokens(paths)
     if not settings.whole:
         kept = [path for path in paths if path.status != "pruned"]
-        return drawn(paths, checks, picture.saved_against(settings.n, tokens, kept)), None
+        return drawn(paths, narrator.checks, picture.saved_against(settings.n, tokens, kept)), None
     (whole,) = generate(model, [prompt], settings.n, limit, **sampling)
-    all_tokens = sum(len(path.ids) for path in whole)
+    all_tokens = decoded_tokens(whole)
     saved = f"{1 - tokens / all_tokens:.0%} less than {settings.n} whole paths"
-    return drawn(paths, checks, saved), drawn(whole, [], "")
+    return drawn(paths, narrator.checks, saved), drawn(whole, [], "")
 
 
 def main(settings):

@@ -57,6 +57,7 @@ except ImportError:
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from commands.common import open_model
+from engine.refill import Batch, generate
 from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import find_folder
@@ -67,7 +68,7 @@ from plumbing.processes import side_by_side
 from plumbing.progress import progress
 from plumbing.records import Job, digest, locked, read_sealed, write_atomic, write_sealed
 from plumbing.statistics import Interval
-from sample import Batch, Path, generate, prefill, require_finite, sampling_of
+from sample import Path, prefill, require_finite, sampling_of
 from shared import (
     StopSettings, load_problems, load_stop, numbers, path_lengths, require, stored_paths,
     write_table)
@@ -587,7 +588,7 @@ def roll_out(model, stop, tokenizer, problems, form, seed, settings):
         paths += [Path(prompt, i, prompt_number=number) for i in range(N)]
     sampling = dataclasses.replace(sampling_of(settings), seed=seed)
     capacity = max(len(prompt) for prompt in prompts) + limit + stop.m
-    batch = Batch(model, paths, len(paths), capacity, limit, sampling)
+    batch = Batch(model, paths, capacity, limit, sampling)
     chances = torch.ones(len(paths))
     kept = torch.ones(len(paths))
     if form.prunes or form.weights is scores_as_critic:
@@ -944,7 +945,7 @@ def main(settings):
     checkpoints = numbers("prefixes", settings.prefixes)
     model, tokenizer = open_model(settings)
     stop = load_stop(settings, model)
-    limit = stop.limit(settings.max_new_tokens)
+    limit = settings.max_new_tokens or stop.trained_limit()
     settings = dataclasses.replace(settings, max_new_tokens=limit)
     out = pathlib.Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

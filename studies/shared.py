@@ -193,7 +193,7 @@ def open_stored(settings):
     stop = load_stop(settings, model)
     problems = load_problems(settings)[:settings.problems]
     prefixes = checkpoints(settings, stop)
-    limit = stop.limit(settings.max_new_tokens)
+    limit = settings.max_new_tokens or stop.trained_limit()
     records = stored_paths(
         model, tokenizer, problems, Path(settings.stored), settings.n, limit, settings)
     return Stored(model, tokenizer, stop, problems, records, prefixes)

@@ -27,7 +27,7 @@ from plumbing.problems import read_problems
 from plumbing.records import write_atomic
 from plumbing.tokenizer import Tokenizer
 from sample import Batch, Sampling, generate, prefill
-from stop import Stop, launch_check_resume, rank, vote
+from stop import Stop, Watcher, best_paths, launch_check_resume, vote
 from toy.reading import wrong_part
 
 N = 8
@@ -92,7 +92,7 @@ class Walk:
         self.problem = problems[settings.question]
         self.prompt = self.tokenizer.ask(self.problem)
         self.checkpoint = self.stop.trained_for()[0]
-        self.limit = self.stop.limit()
+        self.limit = self.stop.trained_limit()
         self.page = Page()
 
     def answer_of(self, ids):
@@ -191,7 +191,7 @@ def launch(walk):
     L = len(walk.prompt) + walk.checkpoint
     paths = [sample.Path(walk.prompt, index) for index in range(N)]
     capacity = L + walk.stop.m
-    batch = Batch(model, paths, N, capacity, walk.limit, SAMPLING)
+    batch = Batch(model, paths, capacity, walk.limit, SAMPLING)
     page.write("## Launch")
     page.write(f"N = {N} paths start from the same question. It is read once, and its keys and "
                f"values are copied to the {N} rows of a static cache of {capacity} positions.")
@@ -352,7 +352,7 @@ def resume(walk, batch):
     """Resume: the best k go on. -> all paths."""
     page = walk.page
     paths = list(batch.live)
-    alive, pruned = rank(paths, KEEP)
+    alive, pruned = best_paths(paths, KEEP)
     held = batch.cache.nbytes
     held_positions = N * batch.cache.capacity
     page.write("## Resume")
@@ -415,13 +415,14 @@ def ends_early(walk, whole):
     late = min(len(path.ids) for path in whole) + 1
     seen = []
 
-    def on_check(checkpoint, checked, kept):
-        for path in checked:
-            seen.append((path, len(path.ids), path in kept))
+    class Looker(Watcher):
+        def checked(self, stage, checked, kept):
+            for path in checked:
+                seen.append((path, len(path.ids), path in kept))
 
     launch_check_resume(
         walk.model, walk.stop, walk.prompt, N, KEEP, late, max_new_tokens=walk.limit,
-        on_check=on_check, **dataclasses.asdict(SAMPLING))
+        watcher=Looker(), **dataclasses.asdict(SAMPLING))
     page.write("## A path that ends before the checkpoint")
     page.write(f"With the checkpoint at {late} tokens some paths have ended by then. Their rows "
                "have left the cache, so they are read again, whole, and scored; they compete for "

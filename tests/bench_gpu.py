@@ -29,7 +29,8 @@ from engine.attention import Flash, Tiled, equip, fault_of_flash  # noqa: E402
 from model import Decoder, attend, visibility  # noqa: E402
 from plumbing import memory  # noqa: E402
 from plumbing.checkpoint import Config  # noqa: E402
-from sample import Batch, Path as SampledPath, Sampling, prefill  # noqa: E402
+from engine.refill import Batch  # noqa: E402
+from sample import Path as SampledPath, Sampling, prefill  # noqa: E402
 from stop import Stop  # noqa: E402
 
 QWEN_1_5B = {
@@ -122,7 +123,7 @@ def batch_at(model, rows, length, limit=512):
     which are read as fast as others."""
     prompt = random_ids(1, 8, model.config.vocab_size)[0]
     paths = [SampledPath(prompt, index) for index in range(rows)]
-    batch = Batch(model, paths, rows, length + limit, limit, Sampling(), eos_ids=())
+    batch = Batch(model, paths, length + limit, limit, Sampling(), eos_ids=())
     batch.cache.advance(length - 8)
     return batch
 
@@ -196,7 +197,7 @@ def two_runs(bench):
     new = bench.size(128, 6)
     for rows in (16, 16, 12):
         paths = [SampledPath([5, 6, 7], index) for index in range(16)]
-        Batch(model, list(paths), rows, 300, new, Sampling(), eos_ids=()).decode(until=new)
+        Batch(model, paths, 300, new, Sampling(), (), rows).decode(until=new)
         runs.append([path.ids for path in paths])
     same = sum(one == other for one, other in zip(runs[0], runs[2]))
     return {"again": runs[0] == runs[1], "paths_alike_in_a_smaller_batch": same, "paths": 16}
@@ -232,7 +233,7 @@ def soak(bench):
     rows = bench.size(None, 4) or memory.choose_rows(model, capacity)
     prompt = random_ids(1, 100, model.config.vocab_size)[0]
     paths = [SampledPath(prompt, index) for index in range(rows)]
-    batch = Batch(model, paths, rows, capacity, capacity - 100, Sampling(), eos_ids=())
+    batch = Batch(model, paths, capacity, capacity - 100, Sampling(), (), rows)
     done = 0
     seconds = []
     held = []
@@ -324,7 +325,7 @@ def refill(bench):
         for wave in waves:
             paths = paths_of_lengths(model, [lengths[index] for index in wave])
             limit = longest + 2
-            batch = Batch(model, list(paths), rows, limit + 80, limit, Sampling(), eos_ids=())
+            batch = Batch(model, paths, limit + 80, limit, Sampling(), (), rows)
             batch.decode(until=limit)
             ended += sum(len(path.ids) == path.length for path in paths)
         assert ended == count, f"{ended} of {count} paths ended where they should"

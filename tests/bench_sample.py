@@ -30,12 +30,13 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from engine.refill import Batch, generate
 from model import Decoder, load
 from plumbing.checkpoint import Config
 from plumbing.command_line import command_line, option, require_positive
 from plumbing.problems import Problem
 from plumbing.tokenizer import Tokenizer
-from sample import Batch, Path, Sampling, generate, prefill
+from sample import Path, Sampling, prefill
 from stop import Stop
 
 try:
@@ -195,7 +196,7 @@ def new_batch(model, new=NEW, behind=0):
     prompt = make_prompt(model.config.vocab_size)
     paths = [Path(prompt, index) for index in range(ROWS)]
     capacity = PROMPT + new + behind
-    return Batch(model, paths, ROWS, capacity, new, Sampling(**SAMPLING), eos_ids=())
+    return Batch(model, paths, capacity, new, Sampling(**SAMPLING), eos_ids=())
 
 
 @dataclasses.dataclass

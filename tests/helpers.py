@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from model import Decoder
 from plumbing.checkpoint import Config
 from plumbing.command_line import command_line
-from stop import Stop
+from stop import Stop, Watcher
 
 # The models are tiny: a second thread only waits, and for long where the cores are shared.
 torch.set_num_threads(1)
@@ -234,6 +234,13 @@ def write_lines(file, records):
 
 
 # ------------------------------------------------------------------------- runs that are cut short
+
+
+class Told(Watcher):
+    """Calls told(checkpoint, checked, kept) after each check."""
+
+    def __init__(self, told):
+        self.checked = lambda stage, checked, kept: told(stage.checkpoint, checked, kept)
 
 
 class Killed(BaseException):

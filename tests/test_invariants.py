@@ -1,4 +1,4 @@
-"""The eight invariants, in their order: the specification of this project, as short as it can be
+"""The nine invariants, in their order: the specification of this project, as short as it can be
 said. The other tests look closer at each."""
 import json
 import os
@@ -10,10 +10,16 @@ from helpers import (
 
 import sample
 import train
+from commands import eval as eval_command
 from commands import train as train_command
-from engine import forecast
-from sample import Batch, Path, Sampling, draw, generate, path_key, prefill, probabilities, uniform
-from stop import launch_check_resume
+from engine import fit, forecast, launch, protocol, refill, stored
+from eval import STOP
+from eval import protocol as plain_protocol
+from model import load
+from plumbing.problems import read_problems
+from plumbing.tokenizer import Tokenizer
+from sample import Path, Sampling, draw, generate, path_key, prefill, probabilities, uniform
+from stop import Stop, Watcher, launch_check_resume
 
 SAMPLING = {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": 7}
 PROMPT = random_prompt(9)
@@ -123,13 +129,13 @@ def test_4_the_check_leaves_the_cache_as_it_was(model, stop):
         assert torch.equal(now, then)
 
 
-@pytest.mark.parametrize("cascade", ([(10, 12)], [(4, 12), (10, 12), (20, 12)]), ids=len)
-def test_4_keeping_all_is_an_uninterrupted_run(model, stop, whole, cascade):
+@pytest.mark.parametrize("stages", ([(10, 12)], [(4, 12), (10, 12), (20, 12)]), ids=len)
+def test_4_keeping_all_is_an_uninterrupted_run(model, stop, whole, stages):
     paths = launch_check_resume(
-        model, stop, PROMPT, 12, cascade=cascade, max_new_tokens=LIMIT, eos_ids=EOS, **SAMPLING)
+        model, stop, PROMPT, 12, stages=stages, max_new_tokens=LIMIT, eos_ids=EOS, **SAMPLING)
     assert [path.ids for path in paths] == [path.ids for path in whole]
     assert [path.status for path in paths] == [path.status for path in whole]
-    prefixes = [PROMPT + path.ids[:cascade[-1][0]] for path in whole]
+    prefixes = [PROMPT + path.ids[:stages[-1][0]] for path in whole]
     scores = torch.tensor([path.score for path in paths])
     close(scores, stop.score(model, prefixes))
 
@@ -143,7 +149,7 @@ def test_4_keeping_all_is_an_uninterrupted_run(model, stop, whole, cascade):
 def test_5_tokens_depend_on_the_path_alone(model, whole, n, batch):
     """Few rows are refilled, many are not; another prompt is in the batch."""
     prompts = [random_prompt(20), PROMPT]
-    _, paths = generate(model, prompts, n, LIMIT, eos_ids=EOS, batch=batch, **SAMPLING)
+    _, paths = refill.generate(model, prompts, n, LIMIT, eos_ids=EOS, batch=batch, **SAMPLING)
     assert [path.ids for path in paths] == [path.ids for path in whole[:n]]
 
 
@@ -183,29 +189,25 @@ def test_6_work_done_is_work_counted(model, whole, monkeypatch, rows):
 
     monkeypatch.setattr(model, "run", noted)
     paths = [Path(PROMPT, index) for index in range(12)]
-    batch = Batch(model, paths, rows, 9 + LIMIT, LIMIT, Sampling(**SAMPLING), EOS)
+    batch = refill.Batch(model, paths, 9 + LIMIT, LIMIT, Sampling(**SAMPLING), EOS, rows)
     batch.decode(LIMIT)
     assert batch.decoded == sum(computed) == sum(len(path.ids) for path in whole)
 
 
-def test_6_after_the_check_the_cache_holds_the_kept_rows_only(model, stop, monkeypatch):
-    batches = []
+@pytest.mark.parametrize("batch", (sample.Batch, refill.Batch))
+def test_6_after_the_check_the_cache_holds_the_kept_rows_only(model, stop, batch):
+    caches = []
 
-    def noted(*args, **more):
-        batches.append(Batch(*args, **more))
-        return batches[0]
+    class Looker(Watcher):
+        def resumed(self, batch, paths):
+            caches.append(batch.cache)
+            assert batch.cache.rows == batch.cache.keys[0].shape[0] == 4
+            assert batch.cache.nbytes == model.new_cache(4, 9 + LIMIT + stop.m).nbytes
 
-    def check(checkpoint, paths, kept):
-        cache = batches[0].cache
-        assert cache.rows == cache.keys[0].shape[0] == 4
-        one = model.new_cache(4, 9 + LIMIT + stop.m)
-        assert cache.nbytes == one.nbytes
-
-    monkeypatch.setattr("stop.Batch", noted)
     launch_check_resume(
-        model, stop, PROMPT, 12, 4, 10, max_new_tokens=LIMIT, eos_ids=(), on_check=check,
-        **SAMPLING)
-    assert len(batches) == 1
+        model, stop, PROMPT, 12, 4, 10, max_new_tokens=LIMIT, eos_ids=(), watcher=Looker(),
+        batch=batch, **SAMPLING)
+    assert len(caches) == 1
 
 
 # 7. Training touches LoRA, the [STOP] embedding and the head, nothing else; the prefix pass
@@ -215,7 +217,7 @@ def test_6_after_the_check_the_cache_holds_the_kept_rows_only(model, stop, monke
 def test_7_training_touches_the_module_and_nothing_else(model):
     stop = random_stop(model)
     examples = [train.Example(random_prompt(length), 0.5, "p", None) for length in (5, 9, 30)]
-    prefixes = train.Prefixes(model, examples, 3, stop.m, cache_bytes=0)
+    prefixes = train.Prefixes(model, examples, 3, stop.m)
     cache, labels = prefixes[0]
     assert not any(buffer.requires_grad for buffer in cache.keys + cache.values)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -253,7 +255,7 @@ def test_8_a_killed_run_continues_to_the_same_labels_and_weights(tmp_path, monke
     while kills < 30:
         fuse = Fuse(40 + 20 * kills)
         with monkeypatch.context() as patch:
-            patch.setattr(sample.Batch, "settle", fuse(sample.Batch.settle))
+            patch.setattr(refill.Batch, "settle", fuse(refill.Batch.settle))
             patch.setattr(torch.optim.AdamW, "step", fuse(torch.optim.AdamW.step))
             patch.setattr(os, "replace", fuse(os.replace))
             try:
@@ -268,3 +270,69 @@ def test_8_a_killed_run_continues_to_the_same_labels_and_weights(tmp_path, monke
     lines = (tmp_path / "whole" / "labels.jsonl").read_text().splitlines()
     names = [(json.loads(line)["id"], json.loads(line)["path"]) for line in lines]
     assert len(names) == len(set(names)) == 4 * 2
+
+
+# 9. The engine equals the story: plain and fast generate, launch_check_resume, labels, fit and
+#    protocol give the same.
+
+
+@pytest.mark.parametrize("batch", (None, 5))
+def test_9_generate(model, batch):
+    """The very paths: tokens, status, noise."""
+    prompts = [random_prompt(20), PROMPT]
+    plain = generate(model, prompts, 6, LIMIT, eos_ids=EOS, **SAMPLING)
+    fast = refill.generate(model, prompts, 6, LIMIT, eos_ids=EOS, batch=batch, **SAMPLING)
+    for group, others in zip(plain, fast, strict=True):
+        assert [path.ids for path in group] == [path.ids for path in others]
+        assert [path.status for path in group] == [path.status for path in others]
+
+
+@pytest.mark.parametrize("stages", ([(10, 4)], [(4, 9, 2), (10, 5, 3)]), ids=str)
+def test_9_launch_check_resume(model, stop, stages):
+    how = {"stages": stages, "max_new_tokens": LIMIT, "eos_ids": EOS, **SAMPLING}
+    plain = launch_check_resume(model, stop, PROMPT, 12, **how)
+    fast = launch.launch_check_resume(model, stop, PROMPT, 12, **how)
+    fast = {path.name: path for path in fast}
+    assert len(fast) == len(plain)
+    for path in plain:
+        other = fast[path.name]
+        assert (path.ids, path.status) == (other.ids, other.status)
+        assert path.score == pytest.approx(other.score, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """The embedded toy, its STOP and its tokenizer."""
+    model = load(ROOT / "toy")
+    return model, Stop.load(ROOT / "toy" / "stop", model), Tokenizer(ROOT / "toy")
+
+
+def test_9_labels_and_fit(toy, tmp_path):
+    """Bit for bit."""
+    model, _, tokenizer = toy
+    settings = train_command.Settings(
+        model=str(ROOT / "toy"), paths=4, low=1, high=3, prefix="24,40", prefixes=2, rollouts=3,
+        max_new_tokens=200, batch=7, rank=2, epochs=3, lr=0.01, dropout=0.2, batch_size=4,
+        accumulation=2, validation=0.4, cache_gb=0.001)
+    problems = read_problems(ROOT / "toy" / "train.jsonl")[:10]
+    examples = train.make_labels(model, tokenizer, problems, settings)
+    assert len(examples) > 8
+    assert stored.make_labels(model, tokenizer, problems, settings, tmp_path) == examples
+    plain = train.fit(model, examples, settings)
+    fast = fit.fit(model, examples, settings, tmp_path, "run")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, fast.state_dict()[name]), name
+
+
+def test_9_protocol(toy, tmp_path):
+    model, stop, tokenizer = toy
+    settings = eval_command.Settings(n=6, keep=2, prefix=40, max_new_tokens=200, batch=7)
+    problems = read_problems(ROOT / "toy" / "test.jsonl")[:3]
+    sampling = sample.sampling_of(settings)
+    plain = plain_protocol(model, tokenizer, stop, problems, 6, 2, 40, 200, sampling)
+    fast = protocol.run(model, tokenizer, stop, problems, settings, tmp_path)
+    assert list(plain["rows"]) == list(fast["rows"])
+    for name, row in plain["rows"].items():
+        assert row["kept"].tolist() == fast["rows"][name]["kept"].tolist()
+        assert row["avg"] == fast["rows"][name]["avg"]
+    assert plain["rows"][STOP]["auroc"] == fast["rows"][STOP]["auroc"]

@@ -31,12 +31,13 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from engine.refill import generate
 from model import Decoder, load
 from plumbing.answers import extract_answer, same_answer
 from plumbing.checkpoint import Config
 from plumbing.command_line import command_line, option, refuse_flags, require_positive
 from plumbing.progress import progress
-from sample import generate, require_finite
+from sample import require_finite
 
 
 @dataclasses.dataclass

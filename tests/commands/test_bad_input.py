@@ -11,10 +11,10 @@ from helpers import (
     write_tokenizer)
 
 from commands import sample
+from engine.refill import generate
 from lora import LoRA
 from plumbing import command_line as room
 from plumbing.command_line import check_values, option, shown
-from sample import generate
 
 # ------------------------------------------------------------------------------------- the sampler
 

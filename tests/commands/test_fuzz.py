@@ -464,7 +464,7 @@ def test_a_folder_is_that_of_one_model_one_stop_and_one_input(world, copy, tmp_p
     assert refused
     save_file(tensors, copy / "model.safetensors")
     refused, line = attempt("weights", "train", copy, *flags_for("train", tmp_path / "train"))
-    assert refused and "settings.json: weights" in line
+    assert refused and "the model's weights differ" in line
     refused, line = attempt("weights", "score", copy, *flags_for("score", tmp_path / "score"))
     assert refused and "scored.jsonl:1" in line
 

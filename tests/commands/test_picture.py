@@ -16,6 +16,7 @@ from helpers import ROOT, call_script, run_script, write_tokenizer
 
 from commands import picture, stop
 from plumbing.answers import extract_answer
+from plumbing.budget_plan import Stage
 from plumbing.tokenizer import Tokenizer
 from sample import Path
 from stop import decide
@@ -201,11 +202,10 @@ def test_pruned_paths_end_in_a_stub(tokenizer):
 
 
 def test_a_branching_check_says_how_many_stay_and_as_how_many():
-    kept = [Path([1], 0, [5] * 4, branches=(0,)),
-            Path([1], 0, [5] * 4, branches=(1,), inherited=4)]
-    check = picture.check_of(4, [kept[0], Path([1], 1, [5] * 4)], kept)
-    assert check == picture.Check(4, 1, 2)
-    assert check.text == "1 go on as 2"
+    kept = [Path([1], 0, [5] * 4), Path([1], 1, [5, 3], status="eos"), Path([1], 2, [6] * 4)]
+    check = picture.check_of(Stage(4, 3, 2), kept)
+    assert check == picture.Check(4, 3, 5)
+    assert check.text == "3 go on as 5"
 
 
 def test_right_answers_are_ticked_where_the_right_one_is_known(tokenizer):

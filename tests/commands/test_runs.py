@@ -16,14 +16,16 @@ from helpers import random_model, random_stop
 from commands import common
 from commands import stop as stop_command
 from commands import train as train_command
+from engine.fit import Prefixes, validate
+from engine.refill import Batch
 from engine.stored import stop_digest
 from model import load
 from plumbing.budget_plan import BudgetPlan, Stage, write_plans
 from plumbing.problems import ASK_FOR_LETTER, Problem, instruction
 from plumbing.tokenizer import Tokenizer
-from sample import Batch, Path, Sampling
+from sample import Path, Sampling
 from stop import Stop
-from train import Example, Prefixes, validate
+from train import Example
 
 EXPECTED = {"tokens": 60.0, "avg": 0.5, "cons": 0.5, "weighted": 0.5, "pass": 0.9}
 

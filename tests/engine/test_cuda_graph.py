@@ -1,4 +1,4 @@
-"""plumbing/cuda_graph.py on the CPU, where a captured step is emulated (emulations.py): a replay
+"""engine/cuda_graph.py on the CPU, where a captured step is emulated (emulations.py): a replay
 repeats the operations of the capture on the very memory that it was captured with, whatever Python
 would choose now. tests/story/test_cuda.py has the real one."""
 import pytest
@@ -6,18 +6,16 @@ import torch
 from emulations import Cuda, flash_on_cpu
 from helpers import KINDS, random_model, random_prompt, random_stop
 
-import sample
-from engine import attention
+from engine import attention, cuda_graph, refill
 from engine.attention import Flash, equip
+from engine.cuda_graph import DecodeStep
+from engine.launch import launch_check_resume
+from engine.refill import generate
 from kvcache import KVCache
-from plumbing import cuda_graph
-from plumbing.cuda_graph import DecodeStep
-from sample import generate
-from stop import launch_check_resume
 
 SAMPLING = {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": 4}
 EOS = (3, 11, 30, 41)
-LOOP = SAMPLING | {"n": 12, "cascade": [(4, 9), (10, 5, 2)], "max_new_tokens": 30, "eos_ids": EOS}
+LOOP = SAMPLING | {"n": 12, "stages": [(4, 9), (10, 5, 2)], "max_new_tokens": 30, "eos_ids": EOS}
 
 
 @pytest.fixture
@@ -107,7 +105,7 @@ def test_steps_are_captured_anew_after_a_check(model, captured):
 def test_as_many_rows_after_a_check_as_before(model, captured):
     """The number of rows is that of a graph which is of no use any more."""
     stop = random_stop(model)
-    settings = LOOP | {"cascade": [(4, 6, 2)], "eos_ids": ()}
+    settings = LOOP | {"stages": [(4, 6, 2)], "eos_ids": ()}
     expected = by_name(launch_check_resume(model, stop, random_prompt(9), **settings))
     cuda = captured()
     assert by_name(launch_check_resume(model, stop, random_prompt(9), **settings)) == expected
@@ -116,7 +114,7 @@ def test_as_many_rows_after_a_check_as_before(model, captured):
 
 def test_rows_put_in_order_are_read_where_they_are(model, captured, monkeypatch):
     """Rows move in place, under the same graph."""
-    monkeypatch.setattr(sample.Batch, "SORT_EVERY", 2)
+    monkeypatch.setattr(refill.Batch, "SORT_EVERY", 2)
     prompts = [random_prompt(length) for length in (26, 3, 40)]
     settings = SAMPLING | {"n": 9, "max_new_tokens": 20, "eos_ids": EOS}
     expected = tokens_of(generate(model, prompts, **settings))

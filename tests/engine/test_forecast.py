@@ -3,7 +3,8 @@ import pytest
 from helpers import random_model, random_prompt
 
 from engine import forecast
-from sample import Batch, Sampling
+from engine.refill import Batch
+from sample import Sampling
 
 
 @pytest.mark.parametrize("limit", (1, 2, 3, 9, 64, 200))
@@ -31,7 +32,7 @@ def test_a_rate_is_measured_on_rows_of_mixed_length(monkeypatch, limit, rows):
 
 
 def test_hours_are_called_an_estimate():
-    plan = forecast.Plan(
+    plan = forecast.Forecast(
         problems=1, paths=1, prefixes=0, rollouts=0, tests=0, n=1, path_length=3600,
         rollout_length=0, rate=1000.0, fit_seconds=0.0)
     assert plan.describe_hours().endswith("an estimate from 1,000 tok/s")

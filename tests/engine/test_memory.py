@@ -9,11 +9,13 @@ from helpers import (
     PARAMETERS, REAL, meta_model, random_model, random_prompt, raw_config, write_checkpoint)
 
 from engine.attention import Flash, Tiled, equip
+from engine.launch import launch_check_resume
+from engine.refill import generate
 from model import load
 from plumbing import memory, processes
 from plumbing.checkpoint import Config
-from sample import generate, prefill
-from stop import Stop, launch_check_resume
+from sample import prefill
+from stop import Stop
 
 GB = 1e9
 CARDS = (24, 80, 141)  # GB: a desktop's, an H100, an H200

@@ -7,12 +7,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import random_ids, random_model, random_stop
+from helpers import Told, random_ids, random_model, random_stop
 
+import sample
+from engine import launch
+from engine.decided import Decider, is_decided, may_be_equal
+from engine.refill import Batch
 from plumbing.answers import same_answer, same_vote
-from plumbing.votes import is_decided, may_be_equal
-from sample import Batch, draw, generate, probabilities
-from stop import launch_check_resume, vote
+from sample import draw, generate, probabilities
+from stop import Watcher, launch_check_resume, vote
 
 SPELLINGS = (  # answers in several spellings; those of a line are the same, but for the last line
     ("1/2", "0.5", "\\frac{1}{2}", "\\dfrac12"),
@@ -182,9 +185,10 @@ def test_a_run_that_stops_early_gives_the_same_answers(pair, stages, seed):
     added."""
     model, stop = pair
     prompt = random_ids(7, seed=seed).tolist()
-    how = SAMPLING | {"cascade": stages, "max_new_tokens": 40, "eos_ids": ENDS}
-    whole = launch_check_resume(model, stop, prompt, 12, **how)
-    early = launch_check_resume(model, stop, prompt, 12, answer_of=answer_of, **how)
+    how = SAMPLING | {"stages": stages, "max_new_tokens": 40, "eos_ids": ENDS}
+    whole = launch.launch_check_resume(model, stop, prompt, 12, **how)
+    decider = Decider(answer_of)
+    early = launch.launch_check_resume(model, stop, prompt, 12, watcher=decider, **how)
     for weights_of in (lambda path: 1.0, lambda path: path.score):
         votes = []
         for paths in (whole, early):
@@ -203,8 +207,9 @@ def test_a_decided_run_takes_fewer_tokens(pair):
     fewer = 0
     for seed in range(12):
         prompt = random_ids(7, seed=seed).tolist()
-        paths = launch_check_resume(model, stop, prompt, 12, cascade=[(4, 9)], max_new_tokens=40,
-                                    eos_ids=ENDS, answer_of=answer_of, **SAMPLING)
+        paths = launch.launch_check_resume(
+            model, stop, prompt, 12, stages=[(4, 9)], max_new_tokens=40, eos_ids=ENDS,
+            watcher=Decider(answer_of), **SAMPLING)
         fewer += any(path.status == "decided" for path in paths)
     assert fewer >= 2
 
@@ -239,11 +244,12 @@ def go_on(model, prompt, index, ids, turns, until, seed=5):
     return ids
 
 
-def run(pair, n, stages, limit=20, seed=5, told=None, eos_ids=ENDS):
+def run(pair, n, stages, limit=20, seed=5, watcher=Watcher(), eos_ids=ENDS, batch=Batch):
     """Paths of a run by name."""
     model, stop = pair
-    paths = launch_check_resume(model, stop, PROMPT, n, cascade=stages, max_new_tokens=limit,
-                                eos_ids=eos_ids, on_check=told, **SAMPLING | {"seed": seed})
+    paths = launch_check_resume(
+        model, stop, PROMPT, n, stages=stages, max_new_tokens=limit, eos_ids=eos_ids,
+        watcher=watcher, batch=batch, **SAMPLING | {"seed": seed})
     assert len({path.name for path in paths}) == len(paths)
     return {path.name: path for path in paths}
 
@@ -333,18 +339,18 @@ def test_ended_paths_are_never_revived(pair):
     assert twice and once and all(5 < len(path.ids) <= 9 for path in once)
 
 
-def test_tokens_are_counted_once(pair, monkeypatch):
+@pytest.mark.parametrize("kind", (sample.Batch, Batch))
+def test_tokens_are_counted_once(pair, kind):
     """What the batch decodes is what the paths hold, a shared prefix once; each path says how much
     it inherited."""
     batches = []
 
-    class Counting(Batch):
+    class Counting(kind):
         def __init__(self, *args):
             super().__init__(*args)
             batches.append(self)
 
-    monkeypatch.setattr("stop.Batch", Counting)
-    paths = run(pair, 12, [(3, 4, 3), (6, 4, 2)])
+    paths = run(pair, 12, [(3, 4, 3), (6, 4, 2)], batch=Counting)
     assert batches[0].decoded == sum(len(path.ids) - path.inherited for path in paths.values())
     by_ids = {tuple(path.ids) for path in paths.values()}
     prefixes = set()
@@ -355,18 +361,18 @@ def test_tokens_are_counted_once(pair, monkeypatch):
     assert len(prefixes) == batches[0].decoded and len(by_ids) > 12
 
 
-def test_the_cache_holds_the_kept_rows_only(pair, monkeypatch):
+@pytest.mark.parametrize("kind", (sample.Batch, Batch))
+def test_the_cache_holds_the_kept_rows_only(pair, kind):
     """Work done is work counted: after a check as many rows as paths that run."""
     rows = []
 
-    class Watched(Batch):
+    class Watched(kind):
         def resume(self, copies, capacity):
             new_paths = super().resume(copies, capacity)
             rows.append((copies, self.cache.rows, len(self.cache.keys[0]), len(new_paths)))
             return new_paths
 
-    monkeypatch.setattr("stop.Batch", Watched)
-    run(pair, 12, [(3, 4, 3), (6, 4, 2)], eos_ids=())
+    run(pair, 12, [(3, 4, 3), (6, 4, 2)], eos_ids=(), batch=Watched)
     assert rows == [(3, 12, 12, 8), (2, 8, 8, 4)]
 
 
@@ -379,7 +385,7 @@ def test_a_path_that_ends_between_two_checks_is_scored_whole(pair):
     def told(checkpoint, paths, kept):
         seen[checkpoint] = {path.name: path.score for path in paths}
 
-    paths = run(pair, 12, [(3, 12), (9, 12)], told=told)
+    paths = run(pair, 12, [(3, 12), (9, 12)], watcher=Told(told))
     between = [path for path in paths.values() if path.status == "eos" and 3 < len(path.ids) < 9]
     assert len(between) >= 2
     whole = stop.score(model, [PROMPT + path.ids for path in between]).tolist()
@@ -397,3 +403,15 @@ def test_weights_are_those_of_the_last_check(pair):
             assert path.score == parent.score
     scores = np.array([path.score for path in paths.values()])
     assert np.isfinite(scores).all() and not math.isclose(scores.min(), scores.max())
+
+
+def test_names_do_not_change_before_their_check_is_told(pair):
+    """A path that branches has no other name than those beside it while its check is shown."""
+    names = []
+
+    def told(checkpoint, checked, kept):
+        names.append([path.name for path in checked])
+
+    run(pair, 12, [(3, 4, 3), (6, 4, 2)], watcher=Told(told))
+    assert names[0] == [str(number) for number in range(12)]
+    assert {name.count(".") for name in names[1]} <= {0, 1}

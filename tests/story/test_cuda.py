@@ -6,12 +6,14 @@ import torch
 from helpers import GOLDEN, REAL, close, random_model
 
 from engine.attention import equip, fault_of_flash
+from engine.cuda_graph import DecodeStep
+from engine.launch import launch_check_resume
+from engine.refill import generate
 from model import load
 from plumbing import memory
 from plumbing.checkpoint import Config
-from plumbing.cuda_graph import DecodeStep
-from sample import generate, prefill
-from stop import Stop, launch_check_resume
+from sample import prefill
+from stop import Stop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = ("qwen2-tied-sharded", "qwen3-tiny", "gptoss-tiny")

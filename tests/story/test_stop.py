@@ -8,19 +8,19 @@ import shutil
 import pytest
 import torch
 from helpers import (
-    GOLDEN, KINDS, REAL, ROOT, call_script, close, meta_model, random_ids, random_model,
+    GOLDEN, KINDS, REAL, ROOT, Told, call_script, close, meta_model, random_model,
     random_prompt, random_stop, raw_config, write_checkpoint, write_tokenizer)
 from safetensors.torch import load_file
 
 import sample
-import stop as room
 from commands import stop as stop_command
+from engine import launch
 from lora import LoRA
 from model import load
 from plumbing.problems import read_problems
 from plumbing.tokenizer import Tokenizer
 from sample import generate, prefill
-from stop import Stop, launch_check_resume, retention, vote
+from stop import Stop, Watcher, launch_check_resume, retention, vote
 
 SCORERS = sorted(folder.name for folder in (GOLDEN / "scorers").iterdir())
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5}
@@ -182,17 +182,38 @@ def test_a_score_that_is_no_number_stops_the_run(pair):
 # ------------------------------------------------------------------------- Launch, Check and Resume
 
 
+class Batches(Watcher):
+    """The Batches that a run makes (`make`), and what is told of its checks."""
+
+    def __init__(self):
+        self.made = []
+        self.told = []
+        self.sizes = []  # of the cache behind each check: rows, rows of buffers, paths, capacity
+
+    def make(self, *args):
+        """A Batch that notes its size as it resumes."""
+        batches = self
+
+        class Noted(sample.Batch):
+            def resume(self, copies, capacity):
+                new_paths = super().resume(copies, capacity)
+                cache = self.cache
+                size = (cache.rows, len(cache.keys[0]), len(self.live), cache.capacity)
+                batches.sizes.append(size)
+                return new_paths
+
+        self.made.append(Noted(*args))
+        return self.made[-1]
+
+    def checked(self, stage, checked, kept):
+        running = [path for path in kept if path.status == "running"]
+        assert {id(path) for path in self.made[0].live} == {id(path) for path in running}
+        self.told.append((stage.checkpoint, len(checked), [path.index for path in kept]))
+
+
 @pytest.fixture
-def batches(monkeypatch):
-    """The Batches that a run makes."""
-    made = []
-
-    def noted(*args, **more):
-        made.append(sample.Batch(*args, **more))
-        return made[-1]
-
-    monkeypatch.setattr(room, "Batch", noted)
-    return made
+def batches():
+    return Batches()
 
 
 def best_of(scores, count):
@@ -205,15 +226,10 @@ def test_exactly_the_best_finish(pair, batches):
     freed."""
     model, stop = pair
     eos = (3, 11)
-    sizes = []
-
-    def check(checkpoint, paths, kept):
-        cache = batches[0].cache
-        sizes.append((cache.rows, len(cache.keys[0]), len(batches[0].live), cache.capacity))
-
     (whole,) = generate(model, [PROMPT], 8, 40, eos_ids=eos, **SAMPLING)
     paths = launch_check_resume(
-        model, stop, PROMPT, 8, 3, 10, max_new_tokens=40, eos_ids=eos, on_check=check, **SAMPLING)
+        model, stop, PROMPT, 8, 3, 10, max_new_tokens=40, eos_ids=eos, batch=batches.make,
+        **SAMPLING)
     scores = stop.score(model, [PROMPT + path.ids[:10] for path in whole]).tolist()
     kept = best_of(dict(enumerate(scores)), 3)
     for index, (path, full) in enumerate(zip(paths, whole, strict=True)):
@@ -226,8 +242,8 @@ def test_exactly_the_best_finish(pair, batches):
             assert path.status == "pruned"
             assert path.ids == full.ids[:10]
     running = sum(len(whole[index].ids) > 10 for index in kept)
-    assert sizes == [(running, running, running, 9 + 40 + 3)]
-    assert batches[0].decoded == sum(len(path.ids) for path in paths)
+    assert batches.sizes == [(running, running, running, 9 + 40 + 3)]
+    assert batches.made[0].decoded == sum(len(path.ids) for path in paths)
 
 
 @pytest.mark.parametrize("number", (2, 3))
@@ -244,7 +260,8 @@ def test_equal_prefixes_have_equal_scores(number):
             seen.append((tuple(path.ids), path.score, path.index, path in kept))
 
     prompt = Tokenizer(ROOT / "toy").ask(problem)
-    launch_check_resume(model, stop, prompt, 41, 6, 24, max_new_tokens=26, on_check=check)
+    launch_check_resume(model, stop, prompt, 41, 6, 24, max_new_tokens=26,
+                        watcher=Told(check))
     prefixes = {ids for ids, *_ in seen}
     assert len(prefixes) < 20
     for ids in prefixes:
@@ -276,28 +293,18 @@ def test_a_cascade_by_hand(pair, batches, eos):
     ones that are scored again at the next checkpoint or cut, a stage that ranks all n, a cache
     that keeps pruned rows, tokens that are not counted."""
     model, stop = pair
-    told = []
-
-    def check(checkpoint, paths, kept):
-        running = [path for path in kept if path.status == "running"]
-        assert {id(path) for path in batches[0].live} == {id(path) for path in running}
-        if running:
-            cache = batches[0].cache
-            assert cache.rows == len(cache.keys[0]) == len(running)
-        told.append((checkpoint, len(paths), [path.index for path in kept]))
-
     (whole,) = generate(model, [PROMPT], 12, 40, eos_ids=eos, **SAMPLING)
     if eos:
         assert min(len(path.ids) for path in whole) <= 4
         assert any(4 < len(path.ids) <= 20 for path in whole)
     paths = launch_check_resume(
-        model, stop, PROMPT, 12, cascade=STAGES, max_new_tokens=40, eos_ids=eos, on_check=check,
-        **SAMPLING)
+        model, stop, PROMPT, 12, stages=STAGES, max_new_tokens=40, eos_ids=eos, watcher=batches,
+        batch=batches.make, **SAMPLING)
 
     alive = list(range(12))
     scores = {}
     cut = {}  # index of a pruned path -> its length
-    for (checkpoint, keep), said in zip(STAGES, told, strict=True):
+    for (checkpoint, keep), said in zip(STAGES, batches.told, strict=True):
         prefixes = [PROMPT + whole[i].ids[:checkpoint] for i in alive]
         found = dict(zip(alive, stop.score(model, prefixes).tolist()))
         scores |= found
@@ -311,7 +318,9 @@ def test_a_cascade_by_hand(pair, batches, eos):
         assert path.status == ("pruned" if index in cut else full.status)
         assert path.score == pytest.approx(scores[index], abs=1e-4)
     assert sum(path.status != "pruned" for path in paths) == 2
-    assert batches[0].decoded == sum(len(path.ids) for path in paths)
+    for rows, buffers, paths_live, _ in batches.sizes:
+        assert not paths_live or rows == buffers == paths_live
+    assert batches.made[0].decoded == sum(len(path.ids) for path in paths)
 
 
 class Bar:
@@ -331,8 +340,8 @@ def test_the_bar_ends_full(pair, eos, branch):
     """After pruning, early ends and branches the total is what was really decoded: else rate and
     time left are wrong all along."""
     bar = Bar(12 * 40)
-    paths = launch_check_resume(
-        *pair, PROMPT, 12, cascade=[(4, 9), (10, 5, branch)], max_new_tokens=40, eos_ids=eos,
+    paths = launch.launch_check_resume(
+        *pair, PROMPT, 12, stages=[(4, 9), (10, 5, branch)], max_new_tokens=40, eos_ids=eos,
         bar=bar, **SAMPLING)
     spent = sum(len(path.ids) - path.inherited for path in paths)
     assert bar.n == spent
@@ -343,7 +352,7 @@ def test_paths_that_have_all_ended(pair):
     """Nothing is left to check or decode; the best of them still win."""
     model, stop = pair
     paths = launch_check_resume(
-        model, stop, PROMPT, 5, cascade=[(3, 4), (6, 2)], max_new_tokens=9, eos_ids=range(61),
+        model, stop, PROMPT, 5, stages=[(3, 4), (6, 2)], max_new_tokens=9, eos_ids=range(61),
         **SAMPLING)
     scores = stop.score(model, [PROMPT + path.ids for path in paths]).tolist()
     best = best_of(dict(enumerate(scores)), 2)
@@ -356,9 +365,9 @@ def test_paths_that_have_all_ended(pair):
     ({"keep": 0}, "keep: found 0"),
     ({"prefix": 20}, "prefix: found 20, expected 1 to 19"),
     ({"prefix": 0}, "prefix: found 0"),
-    ({"cascade": [(5, 4), (5, 2)]}, "prefix: found 5, expected 6 to 19"),
-    ({"cascade": [(5, 4), (9, 6)]}, "keep: found 6, expected 1 to 4"),
-    ({"branch": 0}, "branch: found 0"),
+    ({"stages": [(5, 4), (5, 2)]}, "prefix: found 5, expected 6 to 19"),
+    ({"stages": [(5, 4), (9, 6)]}, "keep: found 6, expected 1 to 4"),
+    ({"stages": [(5, 4, 0)]}, "branch: found 0"),
     ({"max_new_tokens": 600}, "context of 512"),
     ({"temperature": -1}, "temperature: found -1"),
     ({"top_p": 0}, "top-p: found 0")))
@@ -528,8 +537,8 @@ def test_what_the_script_says(checkpoint, monkeypatch, capsys):
     lengths = [10, 4, 20, 30, 4, 40]
     scores = [0.1, 0.9, 0.2, 0.25, 0.05, 0.15]
 
-    def known(model, stop, prompt_ids, n, keep, prefix, cascade, *_, **__):
-        assert (n, keep, prefix, cascade) == (6, 1, 4, None)
+    def known(model, stop, prompt_ids, n, stages, **_):
+        assert (n, stages) == (6, [(4, 1, 1)])
         paths = []
         for i in range(6):
             paths.append(sample.Path(prompt_ids, i, [i] * lengths[i], status[i], scores[i]))

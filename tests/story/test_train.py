@@ -17,14 +17,13 @@ from helpers import (
 from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file
 
-import sample
 import train
 from commands import train as train_command
-from engine import forecast, stored
+from engine import forecast, refill, stored
 from engine import fit as engine_fit
-from engine.forecast import Plan
+from engine.fit import Prefixes
 from model import load
-from plumbing import memory, processes
+from plumbing import grading, memory, processes
 from plumbing.answers import extract_answer, same_answer
 from plumbing.labels import LABEL_KEYS
 from plumbing.problems import Problem, read_problems
@@ -32,7 +31,7 @@ from plumbing.records import Job, locked
 from plumbing.tokenizer import Tokenizer
 from sample import Path, generate, prefill
 from stop import Stop
-from train import Example, Prefixes
+from train import Example
 
 TOY = ROOT / "toy"
 SMALL = {  # with values for all that is in the toy's recipe
@@ -40,9 +39,6 @@ SMALL = {  # with values for all that is in the toy's recipe
     "prefixes": 2, "rollouts": 4, "max_new_tokens": 200, "batch": 8, "rank": 2, "epochs": 3,
     "batch_size": 4, "accumulation": 2, "lr": 1e-3, "warmup": 0, "cosine": False, "clip": 0.0,
     "validation": 0.3, "n": 2, "keep": 1, "device": "cpu", "dtype": "float32"}
-PLAN = Plan(
-    problems=1, paths=1, prefixes=1, rollouts=1, tests=0, n=1, path_length=1, rollout_length=1,
-    rate=1.0, fit_seconds=1.0)
 
 
 def small(**changes):
@@ -131,7 +127,7 @@ def test_a_path_that_ends_early_is_its_own_label(toy, tmp_path):
     out."""
     problems = read_problems(TOY / "train.jsonl")[:3]
     settings = small(prefix="199", low=0, high=8)
-    stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path)
     by_id = {problem.id: problem for problem in problems}
     ended = []
     for record in read_lines(tmp_path / "labels.jsonl"):
@@ -159,6 +155,14 @@ def stored_paths(counts, paths):
     return lambda *_: records
 
 
+def label_records(folder):
+    """The records of labels.jsonl, as they were made."""
+    records = read_lines(folder / "labels.jsonl")
+    for record in records:
+        assert record.pop("seal")
+    return records
+
+
 def continue_by_number(asked):
     """A function in place of sample_all: continuation i is the token i; `asked` notes the calls."""
     def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, batch=None,
@@ -184,10 +188,11 @@ def test_labels_by_hand(toy, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(stored, "sample_paths", stored_paths((3, 4, 28, 29), paths))
     monkeypatch.setattr(stored, "sample_all", continue_by_number(asked))
-    monkeypatch.setattr(train, "extract_answer", answer_if_listed(("9 1 0", "9 1 2", "9 2 3")))
+    monkeypatch.setattr(grading, "extract_answer", answer_if_listed(("9 1 0", "9 1 2", "9 2 3")))
     settings = train_command.Settings(
         prefix="2", prefixes=3, rollouts=4, batch=12, max_new_tokens=10, temperature=0.7, seed=3)
-    records = stored.make_labels(toy.model, Counted(), problems, settings, tmp_path, PLAN)
+    stored.make_labels(toy.model, Counted(), problems, settings, tmp_path)
+    records = label_records(tmp_path)
     expected = []
     for name in ("4", "28"):
         for number, ids, successes in ((0, [7, 8], 4), (1, [9, 1], 2), (2, [9, 2], 1)):
@@ -207,11 +212,11 @@ def test_labels_at_several_checkpoints_by_hand(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "sample_paths", stored_paths((4,), paths))
     monkeypatch.setattr(stored, "sample_all", continue_by_number(asked))
     monkeypatch.setattr(
-        train, "extract_answer", answer_if_listed(("7 8 1", "9 1 0", "9 1 9 9 1", "9 1 9 9 0")))
+        grading, "extract_answer", answer_if_listed(("7 8 1", "9 1 0", "9 1 9 9 1", "9 1 9 9 0")))
     settings = train_command.Settings(
         prefix="4,2", prefixes=2, rollouts=2, max_new_tokens=10, temperature=0.7, seed=3)
-    records = stored.make_labels(
-        toy.model, Counted(), [Problem("4", "?", "1")], settings, tmp_path, PLAN)
+    stored.make_labels(toy.model, Counted(), [Problem("4", "?", "1")], settings, tmp_path)
+    records = label_records(tmp_path)
     found = []
     for record in records:
         prefix = record["prefix_token_ids"][2:]
@@ -228,9 +233,10 @@ def test_without_rollouts_labels_are_the_paths_outcomes(toy, tmp_path, monkeypat
     monkeypatch.setattr(stored, "sample_paths", stored_paths((5, 29), paths))
     monkeypatch.setattr(stored, "sample_all", None)
     settings = train_command.Settings(prefix="4,2", prefixes=6, rollouts=0, max_new_tokens=10)
-    train_command.check(settings)
+    train_command.validate(settings)
     problems = [Problem("5", "?", "1"), Problem("29", "?", "1")]
-    records = stored.make_labels(toy.model, Counted(), problems, settings, tmp_path, PLAN)
+    stored.make_labels(toy.model, Counted(), problems, settings, tmp_path)
+    records = label_records(tmp_path)
     expected = []
     for number in range(6):
         for checkpoint in (2, 4):
@@ -271,10 +277,10 @@ def test_finished_labels_are_read_and_not_made(toy, tmp_path, monkeypatch, prefi
     settings = train_command.Settings(
         prefix="2", prefixes=prefixes, rollouts=2, batch=4, max_new_tokens=10)
     problems = [Problem("8", "?", "1")]
-    records = stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    records = stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path)
     content = (tmp_path / "labels.jsonl").read_bytes()
-    monkeypatch.setattr(sample, "Batch", None)
-    again = stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+    monkeypatch.setattr(refill, "Batch", None)
+    again = stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path)
     assert again == records
     assert len(records) == prefixes
     assert (tmp_path / "labels.jsonl").read_bytes() == content
@@ -319,7 +325,7 @@ def prefixes_of(model, examples, batch_size=4, cache_bytes=0):
 def epoch_of(model, stop, examples, settings, optimizer, epoch=0):
     """The row of one epoch."""
     prefixes = prefixes_of(model, examples, settings.batch_size)
-    return train.train_epoch(
+    return engine_fit.train_epoch(
         model, stop, optimizer, prefixes, settings, epoch, tqdm(disable=True))
 
 
@@ -413,7 +419,7 @@ def test_the_best_epoch_is_saved(run, toy):
     """What out/stop holds scores the validation loss that its metrics name."""
     stop = Stop.load(run / "stop", toy.model)
     _, held = train.split(examples_of(run), 0.3, 0)
-    found = train.validate(toy.model, stop, prefixes_of(toy.model, held))
+    found = engine_fit.validate(toy.model, stop, prefixes_of(toy.model, held))
     known = stop.trained["metrics"]["validation_loss"]
     assert found["validation_loss"] == pytest.approx(known, rel=1e-5)
 
@@ -472,8 +478,8 @@ class DropoutRun:
         row = epoch_of(toy.model, stop, examples, settings, optimizer, epoch)
         self.loss = row["train_loss"]
         prefixes = prefixes_of(toy.model, examples)
-        self.validation = train.validate(toy.model, stop, prefixes)["validation_loss"]
-        again = train.validate(toy.model, stop, prefixes)["validation_loss"]
+        self.validation = engine_fit.validate(toy.model, stop, prefixes)["validation_loss"]
+        again = engine_fit.validate(toy.model, stop, prefixes)["validation_loss"]
         assert self.validation == again
 
 
@@ -501,7 +507,7 @@ def test_validation_by_hand(toy):
     examples = random_examples(9, 3)
     stop = Stop(toy.model, 4, 2)
     torch.nn.init.normal_(stop.head.weight, generator=torch.Generator().manual_seed(1))
-    found = train.validate(toy.model, stop, prefixes_of(toy.model, examples))
+    found = engine_fit.validate(toy.model, stop, prefixes_of(toy.model, examples))
     scores = stop.score(toy.model, [example.ids for example in examples]).tolist()
     losses = []
     good = []
@@ -674,7 +680,7 @@ def interrupted(settings, calls):
     fuse = Fuse(calls)
     with pytest.MonkeyPatch.context() as patch:
         skip_measuring(patch)
-        patch.setattr(sample.Batch, "settle", fuse(sample.Batch.settle))
+        patch.setattr(refill.Batch, "settle", fuse(refill.Batch.settle))
         patch.setattr(torch.optim.AdamW, "step", fuse(torch.optim.AdamW.step))
         patch.setattr(Job, "_line", fuse(Job._line))
         patch.setattr(os, "fsync", fuse(os.fsync))
@@ -875,8 +881,8 @@ def test_a_folder_at_work_is_refused(few, tmp_path):
             train_command.run(small(test=few, out=str(tmp_path)))
 
 
-@pytest.mark.parametrize("changed", ("data", "labels"))
-def test_other_data_in_the_same_folder_is_refused(run, few, tmp_path, changed):
+@pytest.mark.parametrize("changed, what", (("data", "training problems"), ("labels", "labels")))
+def test_other_data_in_the_same_folder_is_refused(run, few, tmp_path, changed, what):
     """The file's name is the same and its content is not: old labels among new ones, or the old
     weights as if new."""
     file = tmp_path / "it.jsonl"
@@ -891,7 +897,7 @@ def test_other_data_in_the_same_folder_is_refused(run, few, tmp_path, changed):
     if changed == "labels":
         others = [record | {"soft_label": 0.25} for record in records[:7]]
     write_lines(file, others)
-    with pytest.raises(ValueError, match="settings.json: content: found"):
+    with pytest.raises(ValueError, match=f"settings.json: another run's, the {what} differ"):
         train_command.run(settings)
 
 
@@ -934,14 +940,14 @@ def test_no_problem_in_range_is_refused(toy, tmp_path):
     problems = read_problems(TOY / "train.jsonl")[:1]
     settings = small(low=8, high=8)
     with pytest.raises(ValueError, match="data: found no problem with 8 to 8 of 8 paths right"):
-        stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+        stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path)
 
 
 def test_a_checkpoint_beyond_the_limit_is_refused(toy, tmp_path):
     problems = read_problems(TOY / "train.jsonl")[:1]
     settings = small(prefix="200", low=0, high=8)
     with pytest.raises(ValueError, match="prefix: found 200, expected less than the limit of 200"):
-        stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path, PLAN)
+        stored.make_labels(toy.model, toy.tokenizer, problems, settings, tmp_path)
 
 
 @pytest.mark.parametrize("changes", (
@@ -974,7 +980,8 @@ def test_what_comes_first(tmp_path):
     content, source = train_command.recipe({"model": str(tmp_path)})
     assert content == {"rank": 7, "lr": 0.5, "prefix": "40"}
     assert source == tmp_path / "recipe.json"
-    content, _ = train_command.recipe({"model": str(tmp_path / "none")})
+    (tmp_path / "recipe.json").unlink()
+    content, _ = train_command.recipe({"model": str(tmp_path)})
     assert content == {}
 
 

@@ -23,7 +23,7 @@ from engine.stored import stop_digest
 from model import load
 from plumbing.answers import extract_answer, same_answer
 from plumbing.budget_plan import (
-    BudgetPlan, Stage, check_stages, parse_cascade, plan_for, read_plans, write_plans)
+    BudgetPlan, Stage, parse_cascade, plan_for, read_plans, validate_stages, write_plans)
 from plumbing.problems import Problem, read_problems
 from plumbing.tokenizer import Tokenizer
 from sample import Sampling, generate
@@ -130,9 +130,9 @@ def test_a_plan_file_without_plans_is_refused(tmp_path, plans):
 
 
 def test_stages_must_fit_the_limit():
-    check_stages([Stage(8, 2, 4), Stage(12, 8)], 2, 13)
+    validate_stages([Stage(8, 2, 4), Stage(12, 8)], 2, 13)
     with pytest.raises(ValueError, match="prefix: found 12, expected 9 to 11"):
-        check_stages([Stage(8, 2, 4), Stage(12, 8)], 2, 12)
+        validate_stages([Stage(8, 2, 4), Stage(12, 8)], 2, 12)
 
 
 # ----------------------------------------------------------------------------- paths grown together
@@ -141,7 +141,7 @@ def test_stages_must_fit_the_limit():
 def real_run(house, prompt, plan, seed):
     """The paths that one plan alone gives."""
     return launch_check_resume(
-        house.model, house.stop, prompt, plan.n, cascade=list(plan.stages),
+        house.model, house.stop, prompt, plan.n, stages=list(plan.stages),
         max_new_tokens=house.limit, seed=seed, temperature=1.0, top_k=0, top_p=1.0)
 
 
@@ -324,7 +324,7 @@ def test_the_grid_keeps_to_the_tokens():
     plans = budget.grid(64, [40, 24, 56, 80], 350, 3300, 121)
     assert len(set(plans)) == len(plans) > 300
     for plan in plans:
-        check_stages(plan.stages, plan.n, 240)
+        validate_stages(plan.stages, plan.n, 240)
         assert 350 <= budget.expected_tokens(plan, 121) <= 3300
     for n, text in ((20, "80:2x4"), (36, "80:8"), (36, "80:4"), (48, "56:8"), (24, "40:6x4,80:2x4"),
                     (24, "40:12,80:8"), (12, "24:3x4,56:3x4,80:2x4")):

@@ -12,10 +12,9 @@ from test_studies import check_refusal, folder, lively, run, write_lines  # noqa
 
 sys.path.insert(0, str(ROOT / "studies"))
 import labels
-import train
 from commands import train as train_command
-from engine import stored
 from model import load
+from plumbing import grading
 from plumbing.tokenizer import Tokenizer
 from sample import generate, prefill
 
@@ -114,9 +113,8 @@ def lenient(monkeypatch):
     def is_even(answer, reference, kind):
         return answer == "0"
 
-    for module in (stored, train):
-        monkeypatch.setattr(module, "extract_answer", lambda text, kind: even(text))
-        monkeypatch.setattr(module, "same_answer", is_even)
+    monkeypatch.setattr(grading, "extract_answer", lambda text, kind: even(text))
+    monkeypatch.setattr(grading, "same_answer", is_even)
 
 
 def flags(folder, out, budgets, **changes):

@@ -15,9 +15,9 @@ from helpers import (
 
 sys.path.insert(0, str(ROOT / "studies"))
 import rollouts
-from engine import stored
 from engine.stored import model_digest, stop_digest
 from model import load
+from plumbing import grading
 from plumbing.problems import read_problems
 from plumbing.tokenizer import Tokenizer
 from rollouts import Draw, Weights
@@ -384,7 +384,7 @@ def test_the_script_as_it_is_typed(material, tmp_path, monkeypatch, capsys):
     def every_third(answer, reference, kind):
         return next(turns) % 3 == 0
 
-    monkeypatch.setattr(stored, "same_answer", every_third)
+    monkeypatch.setattr(grading, "same_answer", every_third)
     flags = ["--model", folder, "--out", tmp_path, "--prefixes", "3,4", "--problems", 3,
              "--paths", 8, "--group", 4, "--rounds", 2, "--train-prefix", 4, "--train-group", 4,
              "--train-tokens", 60, "--step-tokens", 40, "--seeds", 1, "--evaluations", 1,

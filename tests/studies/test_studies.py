@@ -22,12 +22,12 @@ import guideline
 import judge
 import model as modeling
 import overhead
-import sample
 import scaling
 import shared
 import train
 from baselines import CONFIDENCES, JUDGE, confidence, judge_scores, redundancy
 from commands import train as train_command
+from engine import refill
 from engine.stored import sample_paths
 from eval import STOP
 from model import load
@@ -874,7 +874,7 @@ def test_the_curves(scaling_flags, tmp_path, monkeypatch, run):
         assert "matplotlib is not installed" in "\n".join(outcome.out)
         assert not list(out.glob("*.svg"))
 
-    monkeypatch.setattr(sample, "Batch", None)
+    monkeypatch.setattr(refill, "Batch", None)
     before = (out / "figure4.csv").read_bytes()
     assert run(scaling, *scaling_flags).status == 0
     assert (out / "figure4.csv").read_bytes() == before

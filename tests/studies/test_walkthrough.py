@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 import walkthrough
 from model import load
 from sample import Path
-from stop import Stop, rank
+from stop import Stop, best_paths
 
 PAGE = ROOT / "studies" / "walkthrough.md"
 README = ROOT / "README.md"
@@ -80,6 +80,6 @@ def test_the_readmes_six_lines_are_the_method(monkeypatch, tmp_path):
     scores = names["stop"].score(names["model"], prefixes)
     torch.testing.assert_close(names["p"].detach(), scores, atol=1e-5, rtol=1e-5)
     paths = [Path([], index, score=score) for index, score in enumerate(scores.tolist())]
-    kept, _ = rank(paths, len(names["kept"]))
+    kept, _ = best_paths(paths, len(names["kept"]))
     expected = sorted(path.score for path in kept)
     assert sorted(scores[names["kept"]].tolist()) == pytest.approx(expected)

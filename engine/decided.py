@@ -1,14 +1,55 @@
-"""Whether a vote is decided before all have voted: exact, so that nothing is lost by stopping
-there."""
+"""Ends a run as soon as its vote is decided, before all have voted: exact, so that nothing is lost
+by stopping there. `stop.vote` on the paths of the whole run gives the same answer, as
+tests/engine/test_votes.py says.
+"""
 import re
 
 from plumbing.answers import same_vote
+from stop import Watcher
 
 # Answers with one reading: numbers that are told apart beyond any rounding, and letters.
 PLAIN = re.compile(
     r"-?[0-9]{1,8}|-?[0-9]{1,3}[./][0-9]{1,3}|-?\\frac\{[0-9]{1,3}\}\{[0-9]{1,3}\}|[A-Z]")
 # 1234 may be written 1,234, which is the list 1, 234 too.
 FOUR_DIGITS = re.compile(r"[0-9]{4}")
+
+
+class Decider(Watcher):
+    """Ends all paths as soon as neither vote, by majority or by score, can change any more; those
+    that still ran are "decided". For runs on engine.refill.Batch."""
+
+    def __init__(self, answer_of, kind="math"):
+        """answer_of(path): its answer of this kind, or None."""
+        self.answer_of = answer_of
+        self.kind = kind
+        self.answers = {}  # name of an ended path -> its answer
+        self.batch = None
+        self.paths = []
+
+    def resumed(self, batch, paths):
+        self.batch = batch
+        self.paths = paths
+        batch.on_end = self.ended
+        self.end_if_decided()  # those that have ended already may decide it
+
+    def ended(self, path):
+        """A path has ended: by itself, or because it was decided."""
+        if path.status != "decided":
+            self.end_if_decided()
+
+    def end_if_decided(self):
+        """End the paths that still run if they cannot change a vote."""
+        done = [path for path in self.paths if path.status != "running"]
+        running = [path for path in self.paths if path.status == "running"]
+        for path in done:
+            if path.name not in self.answers:
+                self.answers[path.name] = self.answer_of(path)
+        found = [self.answers[path.name] for path in done]
+        scores = [path.score for path in done]
+        open_scores = sum(path.score for path in running)
+        by_majority = is_decided(found, [1.0] * len(done), len(running), self.kind)
+        if by_majority and is_decided(found, scores, open_scores, self.kind):
+            self.batch.finish("decided")
 
 
 def is_decided(answers, weights, outstanding, kind="math"):
