@@ -6,6 +6,7 @@ import torch
 
 from sample import distribution, draw
 
+TIED = -1    # in place of a token: more logits than were looked at may tie with the k-th
 SPARE = 256  # logits looked at beyond the k largest, so that ties with the k-th are seen
 
 
@@ -20,12 +21,20 @@ def k_largest(logits, k):
 
 def choose(logits, noise, sampling):
     """The token that `draw` takes from the distribution of each row: logits (B, V), noise (B,) ->
-    (B,).
+    (B,). A row that holds NaN or infinity draws any token."""
+    tokens = choose_from_largest(logits, noise, sampling)
+    tied = tokens == TIED
+    if tied.any():
+        tokens[tied] = draw_in_full(logits[tied], noise[tied], sampling)
+    return tokens
+
+
+def choose_from_largest(logits, noise, sampling):
+    """`choose` without a wait for the device; TIED where a row has to be done in full.
 
     Of a large vocabulary the k + SPARE largest logits, put back in the order of their ids, give the
     same distribution and the same cumulative sums. Only where the smallest of them still ties with
-    the k-th may there be more: such a row is done in full. A row that holds NaN or infinity draws
-    any token."""
+    the k-th may there be more."""
     count = sampling.top_k + SPARE
     if sampling.top_k == 0 or count >= logits.shape[-1]:
         return draw_in_full(logits, noise, sampling)
@@ -37,10 +46,7 @@ def choose(logits, noise, sampling):
 
     values = largest.values.float()
     fall = (values - values[:, :1]).div_(max(sampling.temperature, 1e-30))
-    tied = fall[:, -1] == fall[:, sampling.top_k - 1]
-    if tied.any():
-        tokens[tied] = draw_in_full(logits[tied], noise[tied], sampling)
-    return tokens
+    return torch.where(fall[:, -1] == fall[:, sampling.top_k - 1], TIED, tokens)
 
 
 def draw_in_full(logits, noise, sampling):

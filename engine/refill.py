@@ -9,7 +9,7 @@ import torch
 
 import sample
 from engine.cuda_graph import DecodeStep
-from engine.draw import choose
+from engine.draw import TIED, choose_from_largest, draw_in_full
 from plumbing import memory
 from sample import (
     Path, Sampling, as_int64, mix, prefill, prompt_key, require_counts, require_finite, uniform,
@@ -32,11 +32,14 @@ class Prompts:
         wanted = {tuple(path.prompt_ids) for path in paths}
         if wanted <= self.places.keys():
             return
+        longest = max(map(len, wanted))
         for path in waiting:
-            if len(wanted) >= self.AHEAD:
-                break
+            longest = max(longest, len(path.prompt_ids))
+            if len(wanted) >= self.AHEAD or longest * (len(wanted) + 1) > memory.PREFILL_TOKENS:
+                break  # more would take a second pass, and memory that nobody has counted
             wanted.add(tuple(path.prompt_ids))
         prompts = sorted(wanted, key=len)  # like lengths together: little padding
+        self.cache = None  # old and new are not held together
         self.cache, _ = prefill(self.model, prompts)
         # The last token of a prompt is decoded as a path's newest token is: in the next step.
         self.cache.set_lengths([len(prompt) - 1 for prompt in prompts])
@@ -142,10 +145,14 @@ class Batch(sample.Batch):
         block = max(1, at_once // V)
         tokens = []
         for part, numbers in zip(logits.split(block), noise.split(block)):
-            tokens.append(choose(part, numbers, self.sampling))
+            tokens.append(choose_from_largest(part, numbers, self.sampling))
         totals = logits.sum(-1, dtype=torch.float32)  # not finite where a logit is not
         self.steps += 1
         tokens = self._drew(torch.where(totals.isfinite(), torch.cat(tokens), V))
+        tied = [row for row, token in enumerate(tokens) if token == TIED]
+        if tied:
+            self.pending[tied] = draw_in_full(logits[tied], noise[tied], self.sampling)
+            tokens = self.pending.tolist()
         if max(tokens) == V:
             require_finite(totals, "logits")
         return tokens
@@ -207,7 +214,8 @@ def sample_all(model, prompts, n, limit, sampling, on_complete, eos_ids=None, ba
     paths = []
     unfinished = {}  # prompt number -> its paths so far, of which some still run
     for number, prompt in enumerate(prompts):
-        unfinished[number] = [Path(list(prompt), index, prompt_number=number) for index in range(n)]
+        shared = list(prompt)  # by all of its paths: a copy each would be gigabytes in a large run
+        unfinished[number] = [Path(shared, index, prompt_number=number) for index in range(n)]
         paths += unfinished[number]
     if not paths:
         return

@@ -398,3 +398,58 @@ def test_a_prompt_is_read_once_for_all_its_paths(sampled, monkeypatch):
         assert max(read) <= refill.Prompts.AHEAD
         assert 40 <= sum(read) <= 40 + 2
         assert len(read) == 3
+
+
+def test_paths_of_a_prompt_share_its_list():
+    """230,400 copies of 2,300 ids would take gigabytes of the host's memory."""
+    model = random_model("qwen2")
+    for paths in generate(model, [random_prompt(9), random_prompt(5)], n=3, max_new_tokens=2):
+        assert len({id(path.prompt_ids) for path in paths}) == 1
+
+
+@pytest.mark.parametrize("tokens, lengths, read", (
+    (8192, [5] * 30, 16), (40, [13] * 30, 3), (40, [50, 50, 50], 1), (40, [5, 30, 5, 5], 1)))
+def test_prompts_are_read_ahead_as_far_as_one_pass_goes(monkeypatch, tokens, lengths, read):
+    """What is held of them is counted as one pass (memory.working_bytes)."""
+    monkeypatch.setattr(refill.memory, "PREFILL_TOKENS", tokens)
+    model = random_model("qwen2")
+    paths = [Path(random_prompt(length, seed=i), 0) for i, length in enumerate(lengths)]
+    prompts = refill.Prompts(model, Sampling())
+    prompts.read(paths[:1], paths[1:])
+    assert len(prompts.places) == read
+
+
+def test_a_step_waits_for_the_device_once_and_tied_rows_are_done_in_full(monkeypatch):
+    """Tokens are those of `choose`, and only where rows tie is there a second wait."""
+    model = random_model("qwen2", vocab_size=999)
+    plain_logits = model.logits
+    counts = []
+    tolist = torch.Tensor.tolist
+
+    def every_second_ties(hidden):
+        logits = plain_logits(hidden)
+        logits[::2] = 0
+        return logits
+
+    def counted(tensor):
+        counts.append(len(tensor))
+        return tolist(tensor)
+
+    def no_wait(tensor):
+        raise AssertionError("a wait for the device")
+
+    for logits, waits in ((plain_logits, 1), (every_second_ties, 2)):
+        monkeypatch.setattr(model, "logits", logits)
+        paths = [Path([5, 6, index], index) for index in range(6)]
+        batch = Batch(model, paths, 20, 8, Sampling(), ())
+        batch.settle()
+        noise = uniform(batch.keys, batch.drawn)
+        expected = choose(logits(batch.hidden), noise, Sampling()).tolist()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", counted)
+            patch.setattr(torch.Tensor, "item", no_wait)
+            patch.setattr(torch.Tensor, "__bool__", no_wait)
+            counts.clear()
+            found = batch._draw()
+        assert found == expected == batch.pending.tolist()
+        assert len(counts) == waits
