@@ -164,23 +164,31 @@ def confidence(model, records, prefix, window=256, batch=16):
     for i, hidden in hidden_states(model, rows, "confidence", batch):
         drawn_from = hidden[len(prompts[i]) - 1:-1]  # the state before each token of the path
         steps = read_steps(model, drawn_from, paths[i])
+        for name, value in confidence_of(steps, window).items():
+            scores[name][i] = value
+    return scores
 
-        # Perplexity and entropy (the paper, appendix C.5): mean of ln p_t(y_t), and of -H_t.
-        scores["mean log-probability (III)"][i] = steps.logprob.mean()
-        scores["minus entropy (III)"][i] = -steps.entropy.mean()
 
-        # DeepConf (facebookresearch/deepconf): mean of C_t over the prefix, and over its windows.
-        width = min(window, len(paths[i]))
-        windows = np.lib.stride_tricks.sliding_window_view(steps.confidence, width)
-        groups = windows.mean(1)  # (T - width + 1,)
-        tenth = max(1, int(0.1 * len(groups)))
-        scores["DeepConf mean (III)"][i] = steps.confidence.mean()
-        scores["DeepConf lowest group (III)"][i] = groups.min()
-        scores["DeepConf bottom 10% (III)"][i] = np.sort(groups)[:tenth].mean()
-        scores["DeepConf tail (III)"][i] = groups[-1]
+def confidence_of(steps, window):
+    """Type III's scores of one prefix from its Steps: {name of CONFIDENCES: float}."""
+    scores = {}
 
-        # Think Just Enough (arXiv 2510.08146): minus the mean entropy of the top 20, in bits.
-        scores["Think Just Enough (III)"][i] = -steps.top_entropy.mean() / np.log(2)
+    # Perplexity and entropy (the paper, appendix C.5): mean of ln p_t(y_t), and of -H_t.
+    scores["mean log-probability (III)"] = steps.logprob.mean()
+    scores["minus entropy (III)"] = -steps.entropy.mean()
+
+    # DeepConf (facebookresearch/deepconf): mean of C_t over the prefix, and over its windows.
+    width = min(window, len(steps.confidence))
+    windows = np.lib.stride_tricks.sliding_window_view(steps.confidence, width)
+    groups = windows.mean(1)  # (T - width + 1,)
+    tenth = max(1, int(0.1 * len(groups)))
+    scores["DeepConf mean (III)"] = steps.confidence.mean()
+    scores["DeepConf lowest group (III)"] = groups.min()
+    scores["DeepConf bottom 10% (III)"] = np.sort(groups)[:tenth].mean()
+    scores["DeepConf tail (III)"] = groups[-1]
+
+    # Think Just Enough (arXiv 2510.08146): minus the mean entropy of the top 20, in bits.
+    scores["Think Just Enough (III)"] = -steps.top_entropy.mean() / np.log(2)
     return scores
 
 

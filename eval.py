@@ -28,9 +28,6 @@ from stop import vote
 
 STOP = Signal("STOP", "IV")
 RANDOM = Signal("random")
-COLUMNS = (
-    "avg", "gain", "stop_minus", "cons", "weighted", "pass", "tokens", "saved",
-    "auroc", "spearman", "pairwise", "calibration")
 
 
 def protocol(model, tokenizer, stop, problems, n, keep, prefix, limit, sampling, judge=None):
@@ -48,12 +45,14 @@ def random_scores(records):
 
 
 def all_scores(model, tokenizer, stop, problems, records, prefix, judge=None, window=None,
-               aggregate="last"):
+               aggregate="last", read=None):
     """{Signal: scores (paths,)} of the prefixes, by all that there is. window: DeepConf's, in
-    tokens; None: an eighth of the prefix. aggregate: of the judge's rewards."""
+    tokens; None: an eighth of the prefix. aggregate: of the judge's rewards. read: what reads the
+    prefixes (engine/prefixes.py has a faster one); None: `read_prefixes`."""
     if window is None:
         window = max(1, prefix // 8)
-    confidences = confidence(model, records, prefix, window)
+    read = read or read_prefixes
+    confidences, checked = read(model, stop, records, prefix, window)
     chances = np.exp(confidences[CONFIDENCES[0]])  # of a token, geometric mean
     scores = {
         JACCARD: redundancy(records, prefix),
@@ -61,13 +60,19 @@ def all_scores(model, tokenizer, stop, problems, records, prefix, judge=None, wi
     if judge is not None:
         scores[JUDGE] = judge_scores(*judge, tokenizer, problems, records, prefix, aggregate)
     scores |= confidences
+    scores[STOP] = checked
+    return scores
+
+
+def read_prefixes(model, stop, records, prefix, window):
+    """(type III's {name: (paths,)}, STOP's chances (paths,)) float64 of the first `prefix` tokens
+    of every path. Each reads prompts and prefixes by itself."""
     prefixes = []
     for record in records:
         prefixes += [record["prompt_ids"] + path[:prefix] for path in record["paths"]]
     with progress("check", len(prefixes), "prefix") as bar:
         chances = stop.score(model, prefixes, batch=64, bar=bar)
-    scores[STOP] = chances.double().cpu().numpy()
-    return scores
+    return confidence(model, records, prefix, window), chances.double().cpu().numpy()
 
 
 def select(scores, keep):
@@ -177,25 +182,52 @@ def require_numbers(name, scores, records):
 # The report
 
 
-def cell(value):
-    """A cell of the table; blank where a metric is not defined."""
-    if isinstance(value, Interval):
-        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-    return "" if math.isnan(value) else f"{value:.3f}"
+LEGEND = """\
+avg      share of the kept paths that are right; [low, high] 95% over problems
+behind   STOP's avg minus this one, paired
+vote     the kept paths' vote is right, weighted by the scores where these are chances
+tokens   decoded a problem; saved: of those of all whole paths
+auroc    how often a right path scores above a wrong one; within: of the same problem"""
 
 
 def table(report):
-    """The report in Markdown, like the paper's Table 2. [low, high]: 95% interval over problems."""
+    """The report as text of at most 100 columns, like the paper's Table 2; report.json has more."""
     title = "{problems} problems, {n} paths each, {keep} kept at {prefix} tokens".format(**report)
-    head = f"| type | scorer | {' | '.join(COLUMNS)} |"
-    rule = "|" + " --- |" * (len(COLUMNS) + 2)
-    lines = [title, "", head, rule]
+    head = line_of("", "", "avg", "behind", "vote", "tokens", "saved", "auroc", "within")
+    lines = [title, "", head]
     for signal, row in report["rows"].items():
-        cells = [cell(row.get(column, math.nan)) for column in COLUMNS]
-        lines.append(f"| {signal.type} | {signal.scorer} | {' | '.join(cells)} |")
+        vote_of = row.get("weighted", row["cons"]) if signal.type in ("II", "IV") else row["cons"]
+        lines += named(signal.scorer, line_of(
+            signal.scorer, signal.type, cell(row["avg"]), cell(row.get("stop_minus")),
+            f"{vote_of.mean:.3f}", f"{row['tokens']:,.0f}", f"{row['saved']:.0%}",
+            cell(row.get("auroc")), cell(row.get("pairwise"))))
+    lines += ["", LEGEND]
     if JUDGE not in report["rows"]:
-        lines += ["", "Type II is left out: no judge was given (--judge)."]
+        lines.append("Type II is left out: there is no judge.")
     return "\n".join(lines)
+
+
+NAME = 21  # columns of a scorer's name
+
+
+def line_of(name, kind, avg, behind, vote, tokens, saved, auroc, within):
+    """A line of the table."""
+    return (f"{name[:NAME]:{NAME}} {kind:3} {avg:20} {behind:20} {vote:>5} {tokens:>7} {saved:>5} "
+            f"{auroc:>5} {within:>6}").rstrip()
+
+
+def named(name, line):
+    """The lines of a row: a long name stands in one of its own."""
+    return [line] if len(name) <= NAME else [name, " " * NAME + line[NAME:]]
+
+
+def cell(value):
+    """A figure without the zero before its point; blank where it is not defined."""
+    if isinstance(value, Interval):
+        return f"{cell(value.mean)} [{cell(value.low)}, {cell(value.high)}]"
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.3f}".replace("0.", ".", 1)
 
 
 def summary(report):

@@ -14,6 +14,7 @@ import torch
 
 from baselines import AGGREGATES, Signal
 from engine.budget import plan_row, report_same, verify_kept
+from engine.prefixes import read_prefixes
 from engine.stored import sample_paths
 from eval import RANDOM, STOP, all_scores, evaluate, random_scores, table
 from plumbing import processes
@@ -94,7 +95,8 @@ def run(model, tokenizer, stop, problems, settings, out, options=Options()):
 
     def score(problems, records):
         return all_scores(
-            model, tokenizer, stop, problems, records, prefix, judge, window, aggregate)
+            model, tokenizer, stop, problems, records, prefix, judge, window, aggregate,
+            read=read_prefixes)
 
     scorers = {RANDOM: random_scores(records)} | shared(score, problems, records)
     report = {"settings": dataclasses.asdict(settings) | {"window": window}}
