@@ -122,7 +122,7 @@ def distribution(logits, sampling, k_largest=k_largest):
     largest = k_largest(logits, k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if sampling.top_p < 1:
-        mass = largest.exp()
+        mass = largest.exp().double()
         before = mass.cumsum(-1) - mass  # of the tokens larger than each
         stays = before < sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
         last = stays[..., 1:].sum(-1, keepdim=True)  # its place; the first stays always

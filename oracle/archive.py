@@ -2,8 +2,10 @@
 
     python oracle/archive.py --out stop-oracle.tar.gz
 
-In it: the texts, the vectors, the base models' weights as JSON (float32 numbers that come back bit
-for bit) beside the original checkpoints, and SHA256SUMS. The same content gives the same bytes.
+In it: the texts, certify with what it needs (`python3 -I certify.py DIR`, the standard library is
+enough), the schemas, the vectors, the base models' weights as JSON beside the original checkpoints
+(float32 numbers that come back bit for bit, and the bytes of MXFP4 blocks and scales), and
+SHA256SUMS. The same content gives the same bytes.
 """
 import dataclasses
 import gzip
@@ -15,7 +17,7 @@ import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # the project's root, for its rooms
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "making")]  # the root has the rooms
 import cases  # noqa: E402
 import manifest  # noqa: E402
 from plumbing.command_line import command_line, option  # noqa: E402
@@ -23,7 +25,10 @@ from plumbing.files import require_target  # noqa: E402
 from plumbing.records import write_atomic  # noqa: E402
 from vector_files import checkpoint_in_json, to_json  # noqa: E402
 
-TEXTS = ("README.md", "PORTING.md", "CHANGELOG.md")
+TEXTS = ("README.md", "PORTING.md", "CHANGELOG.md", "CLAUSES.md")
+CERTIFY = ("certify.py", "compare.py", "causes.py", "hand_in.py", "ask.py", "rounded.py",
+           "rounding.py")
+FOLDERS = ("schemas", "vectors", "golden/checkpoints", "golden/mxfp4")
 
 
 @dataclasses.dataclass
@@ -35,15 +40,15 @@ class Settings:
 def contents():
     """{name in the archive: bytes}."""
     files = {}
-    for name in TEXTS:
+    for name in TEXTS + CERTIFY:
         files[name] = (HERE / name).read_bytes()
-    for folder in ("vectors", "golden/checkpoints", "golden/mxfp4"):
+    for folder in FOLDERS:
         for file in sorted((HERE / folder).rglob("*")):
             if file.is_file():
                 files[str(file.relative_to(HERE))] = file.read_bytes()
     for checkpoint in sorted({case.checkpoint for case in cases.CASES}):
         case = next(case for case in cases.CASES if case.checkpoint == checkpoint)
-        text = to_json(checkpoint_in_json(case.model()))
+        text = to_json(checkpoint_in_json(case.model(), HERE / checkpoint))
         files[f"{checkpoint}/weights.json"] = text.encode()
     sums = []
     for name, content in sorted(files.items()):

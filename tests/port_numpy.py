@@ -1,6 +1,6 @@
 """A stranger's port of STOP in plain numpy, from oracle/README.md: it imports nothing of ours.
 
-    python tests/port_numpy.py --out DIR [--cases qwen2,sampler]
+    python tests/port_numpy.py --out DIR [--cases qwen2,sampler] [--dtype float64] [--inputs DIR]
 
 It reads safetensors by hand, keeps a KV cache a path, and checks on top of it. `wrong` makes one
 deliberate change, named by the key of a mistake in oracle/vectors/mistakes: what the tests try
@@ -15,16 +15,22 @@ from pathlib import Path
 import numpy as np
 
 ORACLE = Path(__file__).resolve().parent.parent / "oracle"
-F = np.float32
+F = np.float32  # what it computes in; `compute_in` changes it
 MASK = (1 << 64) - 1
 NOT_FLOAT = {"U8": np.uint8}
 
 
+def compute_in(dtype):
+    """Whether all is computed in float32 or, RoPE's angles included, in float64."""
+    global F
+    F = {"float32": np.float32, "float64": np.float64}[dtype]
+
+
 def bf16(x):
     """Rounded to bfloat16, half to even."""
-    bits = np.ascontiguousarray(x, dtype=F).view(np.uint32).astype(np.uint64)
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
     bits = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) & np.uint64(0xFFFF0000)
-    return bits.astype(np.uint32).view(F).reshape(np.shape(x))
+    return bits.astype(np.uint32).view(np.float32).reshape(np.shape(x))
 
 
 def read_safetensors(file):
@@ -38,9 +44,9 @@ def read_safetensors(file):
         start, stop = about["data_offsets"]
         part = raw[8 + size + start : 8 + size + stop]
         if about["dtype"] == "BF16":
-            values = (np.frombuffer(part, np.uint16).astype(np.uint32) << 16).view(F)
+            values = (np.frombuffer(part, np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
-            values = np.frombuffer(part, {"F32": F, "U8": np.uint8}[about["dtype"]])
+            values = np.frombuffer(part, {"F32": np.float32, "U8": np.uint8}[about["dtype"]])
         tensors[name] = values.reshape(about["shape"])
     return tensors
 
@@ -82,7 +88,7 @@ class Model:
             tensors[base] = unpack(tensors.pop(name), tensors.pop(base + "_scales"), wrong)
         if wrong == "bfloat16-weights":
             tensors = {name: bf16(tensor) for name, tensor in tensors.items()}
-        self.t = tensors
+        self.t = {name: tensor.astype(F) for name, tensor in tensors.items()}
         self.H = c["num_attention_heads"]
         self.K = c["num_key_value_heads"]
         self.D = c.get("head_dim") or c["hidden_size"] // self.H
@@ -262,6 +268,7 @@ class Model:
             r = r + self.t[p + "router.bias"]
         k = self.c["num_experts_per_tok"] + {"experts-fewer": -1, "experts-more": 1}.get(w, 0)
         best = np.argsort(-r, -1, kind="stable")[:, :k]
+        self.chosen.append(np.sort(best, -1))
         share = softmax(np.take_along_axis(r, best, -1))
         if w == "router-softmax":
             share = np.take_along_axis(softmax(r), best, -1)
@@ -280,6 +287,8 @@ class Model:
                 g, u = u, g
             if w != "clamp":
                 g, u = np.minimum(g, F(7)), np.clip(u, F(-7), F(7))
+            if w == "gate-clamped-below":
+                g = np.maximum(g, F(-7))
             act = g * sigmoid(F(1 if w == "swish-alpha" else 1.702) * g)
             if w == "gelu":
                 act = gelu(g)
@@ -300,16 +309,20 @@ class Model:
     def run(self, x, cache, pos, on=None, stops=None):
         """States after each layer and after the final norm; the cache grows."""
         stops = np.zeros(len(x), bool) if stops is None else stops
-        layers = []
+        layers, self.chosen = [], []
         for i in range(self.N):
             p = f"model.layers.{i}."
+            before = x
             x = x + self.attend(self.norm(x, p + "input_layernorm"), i, cache, pos, on, stops)
             y = x if self.w == "post-norm-missing" else self.norm(x, p + "post_attention_layernorm")
             x = (x + self.ffn(y, i, on)).astype(F)
             if self.w == "bfloat16-residual":
                 x = bf16(x)
-            layers.append(x)
-        return np.stack(layers), x if self.w == "final-norm" else self.norm(x, "model.norm")
+            layers.append(before if self.w == "states-shifted" else x)
+        out = x if self.w == "final-norm" else self.norm(x, "model.norm")
+        if self.w == "states-normed":
+            layers[-1] = out
+        return np.stack(layers), out
 
     def embed(self, ids):
         x = self.t["model.embed_tokens.weight"][np.array(ids, int)]
@@ -321,8 +334,19 @@ class Model:
     def read(self, ids, lora=None):
         """(cache, hidden) of a prefix; lora (L,): where it is (wrongly) on."""
         cache = self.new_cache()
-        _, hidden = self.run(self.embed(ids), cache, self.place(np.arange(len(ids))), lora)
+        self.layers, hidden = self.run(
+            self.embed(ids), cache, self.place(np.arange(len(ids))), lora
+        )
         return cache, hidden
+
+    def table(self, position):
+        """cos and sin of a position, by turning a pair of 1 and 0."""
+        x = np.zeros((1, 1, self.D), F)
+        x[..., :: 2 if self.w == "rope-pairs" else 1][..., : self.D // 2] = 1
+        y = self.turn(x, np.array([position]), self.rscale)[0, 0]
+        if self.w == "rope-pairs":
+            return [y[::2].tolist(), y[1::2].tolist()]
+        return [y[: self.D // 2].tolist(), y[self.D // 2 :].tolist()]
 
     def logits(self, hidden):
         head = self.t.get("lm_head.weight", self.t["model.embed_tokens.weight"])
@@ -494,7 +518,7 @@ def make_number(key, t, w=None):
 def distribution(logits, T, k, p, w=None):
     """Probabilities, by a sorted walk."""
     w = w or ""
-    logits = np.array(logits, F)
+    logits = np.array(logits, np.float32)
     if w.startswith("temperature-floor-"):
         T = max(T, float(w.split("-")[-1]))
     if w == "temperature-small-is-greedy" and T < 1e-5:
@@ -507,8 +531,8 @@ def distribution(logits, T, k, p, w=None):
         out[top[-1] if w == "greedy-last" else top[0]] = 1
         return out
     z = logits - logits.max()
-    heat = {"temperature-ignored": F(1), "temperature-multiplied": 1 / F(T)}.get(w, F(T))
-    hot = z / heat if w != "temperature-multiplied" else z * F(T)
+    heat = np.float32(1 if w == "temperature-ignored" else T)
+    hot = z / heat if w != "temperature-multiplied" else z * heat
     order = sorted(range(len(z)), key=lambda i: (-(z if w == "temperature-last" else hot)[i], i))
     base = z if w == "temperature-last" else hot
     kk = k + {"top-k-fewer": -1, "top-k-more": 1}.get(w, 0) * (k > 0)
@@ -519,15 +543,17 @@ def distribution(logits, T, k, p, w=None):
         kk = 0
     alive = list(order)
     if 0 < kk < len(z):
-        edge = base[order[kk - 1]]
-        alive = [i for i in order if base[i] >= edge]
+        by = logits if w == "top-k-by-logit" else base
+        edge = by[sorted(range(len(z)), key=lambda i: -by[i])[kk - 1]]
+        alive = [i for i in order if by[i] >= edge]
         if w in ("top-k-ties-cut", "ties-cut"):
             alive = order[:kk]
     wide = w == "top-p-inclusive-64"
     mass = {i: math.exp(base[i]) if wide else float(np.exp(base[i])) for i in order}
     if p < 1 and w != "top-p-ignored":
         total = sum(mass[i] for i in (order if w == "top-p-all" else alive))
-        got, cum = [], 0.0
+        wider = np.float32 if w == "top-p-float32" else float
+        got, cum = [], wider(0)
         for i in alive:
             inside = cum <= p * total if w.startswith("top-p-inclusive") else cum < p * total
             if w == "top-p-short":
@@ -535,7 +561,7 @@ def distribution(logits, T, k, p, w=None):
             if not inside:
                 break
             got.append(i)
-            cum += mass[i]
+            cum = wider(cum + wider(mass[i]))
         if w == "top-p-more":
             got = alive[: len(got) + 1]
         edge = base[got[-1]]
@@ -555,12 +581,16 @@ def pick(probs, u, w=None):
         ids.sort(key=lambda i: (-probs[i], i))
     if w == "draw-reversed":
         ids.reverse()
-    kind = F if w == "draw-float32" else np.float64
+    kind = np.float32 if w in ("draw-float32", "draw-float32-sums", "draw-float32-parts") else float
     cum, sums = kind(0), []
     for i in ids:
         cum = kind(cum + kind(probs[i]))
-        sums.append(cum)
-    aim = u if w == "draw-unscaled" else kind(u) * sums[-1]
+        sums.append(float(cum))
+    aim = u if w == "draw-unscaled" else float(kind(kind(u) * kind(sums[-1])))
+    if w == "draw-float32-sums":
+        aim = u * float(sums[-1])
+    if w == "draw-float32-parts":
+        aim = u * float(np.asarray(probs, float).sum())
     for i, c in zip(ids, sums):
         if c > aim or w == "draw-or-equal" and c >= aim:
             return i
@@ -580,7 +610,7 @@ def rank(pairs, keep, w=None):
             s = round(s, int(tail))
         s = {
             "rank-float16": float(np.float16(s)),
-            "rank-bfloat16": float(bf16(F(s))),
+            "rank-bfloat16": float(bf16(np.float32(s))),
             "rank-lowest": -s,
         }.get(w, s)
         return -s, -i if w == "rank-ties-higher" else i
@@ -612,12 +642,25 @@ def votes(answers, weights, w=None):
         groups.sort(key=lambda group: group[0][0])
     for group in groups:
         total = sum(g for _, g in group) / (len(group) if w == "vote-mean" else 1)
-        if best is None or total > best[0] or total == best[0] and w == "vote-last-tie":
+        late = w == "vote-last-tie" or w == "vote-zero-last" and total == 0
+        if best is None or total > best[0] or total == best[0] and late:
             best = total, group
+    if w == "vote-zero-null" and best[0] == 0:
+        return None
     return best[1][-1 if w == "vote-last-spelling" else 0][0]
 
 
 # ------------------------------------------------------------------------------------- whole runs
+
+
+def score_of(check, w=None):
+    """What a check's (..., logits, score) counts: the score as float32 (R4)."""
+    if w in ("run-logits", "run-float64"):
+        z = check[2].astype(float)
+        odds = float(z[0] if len(z) == 1 else z[1] - z[0])
+        exact = 1 / (1 + math.exp(-odds)) if odds > -700 else 0.0
+        return odds if w == "run-logits" else exact
+    return float(np.float32(check[3]))
 
 
 class Paths:
@@ -631,7 +674,7 @@ class Paths:
 
     def score(self, ids):
         if tuple(ids) not in self.scored:
-            self.scored[tuple(ids)] = float(self.m.check(ids, self.r["zero_head"])[3])
+            self.scored[tuple(ids)] = score_of(self.m.check(ids, self.r["zero_head"]), self.w)
         return self.scored[tuple(ids)]
 
     def go(self, index, checkpoint=None, row=None):
@@ -674,7 +717,7 @@ class Paths:
                     "counter-back": t - 1,
                 }.get(w, n)
             probs = distribution(m.logits(last), r["temperature"], r["top_k"], r["top_p"])
-            token = pick(probs.astype(F), make_number(key, n))
+            token = pick(probs.astype(np.float32), make_number(key, n))
             ids.append(token)
             if token in r["eos_ids"] and w != "end-ignored":
                 full = len(ids) == r["max_new_tokens"]
@@ -713,6 +756,9 @@ class Paths:
                 first.setdefault(i, scores[i])
             pool = list(range(r["n"])) if w == "cascade-from-all" else alive
             by = first if w == "cascade-old-scores" else scores
+            if w == "cascade-ended-exempt" and cut:
+                done = [p["status"] == "eos" and len(p["ids"]) <= c for p in whole]
+                by = {i: score + 2 * done[i] for i, score in scores.items()}
             ended = [i for i in pool if whole[i]["status"] == "eos" and len(whole[i]["ids"]) <= c]
             kind = {
                 "run-ties-higher": "rank-ties-higher",
@@ -736,6 +782,11 @@ class Paths:
             alive = kept
         if w == "paths-without-scores":
             scores = dict.fromkeys(scores, scores[0])
+        if w in ("run-logits", "run-float64"):  # they rank so, and show scores
+            for i in scores:
+                ids = whole[i]["ids"][: cut.get(i, r["stages"][-1][0])]
+                found = self.m.check(r["prompt_ids"] + ids, r["zero_head"])
+                scores[i] = score_of(found)
         paths = []
         c = r["stages"][-1][0]
         for i, path in enumerate(whole):
@@ -758,6 +809,13 @@ class Branching:
         self.m = model
         self.r = run
         self.w = wrong
+
+    @staticmethod
+    def place(p, w):
+        if w == "branch-ties-new":
+            return -p["score"]
+        later = [-b for b in p["branches"]]
+        return -p["score"], p["index"], later if w == "branch-ties-later" else p["branches"]
 
     def decode(self, p, until):
         r = self.r
@@ -791,29 +849,31 @@ class Branching:
             for i in range(r["n"])
         ]
         alive = list(paths)
-        for c, keep, copies in r["stages"]:
+        for stage in r["stages"]:
+            c, keep, copies = (*stage, 1)[:3]
             for p in alive:
                 self.decode(p, c)
-                p["score"] = float(self.m.check(r["prompt_ids"] + p["ids"])[3])
-            alive.sort(key=lambda p: (-p["score"], p["index"], p["branches"]))
+                p["score"] = score_of(self.m.check(r["prompt_ids"] + p["ids"], r["zero_head"]))
+            alive.sort(key=lambda p: self.place(p, w))
             for p in alive[keep:]:
                 p["status"] = "pruned"
             alive = alive[:keep]
-            for p in list(alive):
+            for p in list(alive) if copies > 1 else ():
                 if p["status"] != "running" and w != "branch-ended":
                     continue
-                for b in range(copies - 1, -1, -1):
+                old = p["key"]
+                for b in (*range(1, copies), 0):
                     q = (
                         p
                         if b == 0
                         else p | {"cache": [list(layer) for layer in p["cache"]], "from": c}
                     )
                     name = b + (w == "branch-from-one")
-                    key = mix(mix(p["key"] ^ c) ^ name)
+                    key = mix(mix(old ^ c) ^ name)
                     if w == "branch-no-length":
-                        key = mix(p["key"] ^ name)
+                        key = mix(old ^ name)
                     if w == "branch-same" or name == 0 and w != "branch-zero-folded":
-                        key = p["key"]
+                        key = old
                     q["key"] = key
                     q["branches"] = p["branches"] + [name]
                     q["back"] = c if w == "branch-restarted" else 0
@@ -846,10 +906,11 @@ def sampler(case, w=None):
     for d in case["distributions"]:
         p = distribution(d["logits"], d["temperature"], d["top_k"], d["top_p"], w)
         out["probabilities"].append(p.tolist())
-        out["kept_sets"].append(np.nonzero(p.astype(F))[0].tolist())
-    out["draws"] = [
-        [pick(np.array(d["probabilities"], F), u, w) for u in d["numbers"]] for d in case["draws"]
-    ]
+        out["kept_sets"].append(np.nonzero(p.astype(np.float32))[0].tolist())
+    out["draws"] = []
+    for d in case["draws"]:
+        p = np.array(d["probabilities"], np.float32)
+        out["draws"].append([pick(p, u, w) for u in d["numbers"]])
     out["keys"] = [
         f"{make_key(int(k['seed']), k['prompt_ids'], k['index'], w):#x}" for k in case["keys"]
     ]
@@ -864,23 +925,27 @@ def sampler(case, w=None):
     return out
 
 
+def ranked(scores, w):
+    return scores if w == "rank-float64" else [float(np.float32(s)) for s in scores]
+
+
 def choices(case, w=None):
     return {
         "ranks": [
-            rank(list(enumerate(float(F(s)) for s in r["scores"])), r["keep"], w)
+            rank(list(enumerate(ranked(r["scores"], w))), r["keep"], w)
             for r in case["ranks"]
         ],
         "votes": [votes(v["answers"], v["weights"], w) for v in case["votes"]],
     }
 
 
-def case_of(name):
-    return json.loads((ORACLE / "vectors" / name / "case.json").read_text())
+def case_of(name, folder=ORACLE / "vectors"):
+    return json.loads((folder / name / "case.json").read_text())
 
 
-def outputs(name, wrong=None, longest=None, runs=True, decoder=True, model=None):
+def outputs(name, wrong=None, longest=None, runs=True, decoder=True, model=None, case=None):
     """What the port hands in for a case. longest: longer prefixes are left out."""
-    case = case_of(name)
+    case = case or case_of(name)
     if name == "sampler":
         return sampler(case, wrong)
     if name == "choices":
@@ -889,7 +954,8 @@ def outputs(name, wrong=None, longest=None, runs=True, decoder=True, model=None)
     model = model or Model(ORACLE / case["checkpoint"], stop, wrong)
     rows = {
         row: []
-        for row in ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores")
+        for row in ("layers", "experts", "hidden", "next_logits", "stop.layers", "stop.hidden",
+                    "logits", "scores")
     }
     for prefix in case["prefixes"]:
         ids = prefix["ids"]
@@ -898,13 +964,19 @@ def outputs(name, wrong=None, longest=None, runs=True, decoder=True, model=None)
             if decoder:
                 _, hidden = model.read(ids)
                 entry = {"hidden": hidden[-4:], "next_logits": model.logits(hidden[-1])}
+                entry["layers"] = model.layers[:, -4:]
+                entry["experts"] = [chosen[-4:] for chosen in model.chosen]
             found = model.check(ids)
             if found is not None:
                 entry |= dict(zip(("stop.layers", "stop.hidden", "logits", "scores"), found))
         for row, values in rows.items():
             values.append(np.asarray(entry[row]).tolist() if row in entry else None)
+    if case.get("rope_positions") and decoder:
+        rows["rope"] = [model.table(position) for position in case["rope_positions"]]
     if not decoder or "decoder" not in case["levels"]:
-        del rows["hidden"], rows["next_logits"]
+        del rows["hidden"], rows["next_logits"], rows["layers"]
+    if not decoder or "decoder" not in case["levels"] or model.kind != "gpt_oss":
+        del rows["experts"]
     if runs and case["runs"]:
         rows |= run_outputs(case, model)
     return rows
@@ -929,10 +1001,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", default="qwen2,qwen3,gpt_oss,mxfp4,m8,sampler,choices")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
+    parser.add_argument("--inputs", type=Path, default=ORACLE / "vectors",
+                        help="folder of the cases, as certify.py --fresh writes it")
     arguments = parser.parse_args()
-    arguments.out.mkdir(exist_ok=True)
+    compute_in(arguments.dtype)
+    arguments.out.mkdir(exist_ok=True, parents=True)
     for name in arguments.cases.split(","):
-        (arguments.out / f"{name}.json").write_text(json.dumps(outputs(name)))
+        rows = outputs(name, case=case_of(name, arguments.inputs))
+        (arguments.out / f"{name}.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A stranger's port of STOP on transformers and PEFT: it imports nothing of ours.
 
-    python tests/port_transformers.py --out DIR [--cases qwen2] [--dtype bfloat16]
+    python tests/port_transformers.py --out DIR [--cases qwen2] [--dtype bfloat16] [--inputs DIR]
 
 Needs transformers and peft, which the project itself does not. The sampler in it is plain Python.
 """
@@ -86,6 +86,8 @@ class Port:
         return layers, hidden, logits, score
 
     def train(self, prefixes, labels):
+        for part in self.parts.values():
+            part.grad = None
         logits = torch.stack([self.check(ids)[2] for ids in prefixes])
         labels = torch.tensor(labels)
         if logits.shape[-1] == 1:
@@ -129,10 +131,10 @@ class Port:
         return whole, paths, alive
 
 
-def outputs(name, dtype=torch.float32, longest=None, runs=True):
+def outputs(name, dtype=torch.float32, longest=None, runs=True, case=None, port=None):
     """What the port hands in for a case."""
-    case = case_of(name)
-    port = Port(case, dtype)
+    case = case or case_of(name)
+    port = port or Port(case, dtype)
     rows = {
         row: []
         for row in ("hidden", "next_logits", "stop.layers", "stop.hidden", "logits", "scores")
@@ -168,10 +170,13 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", default=",".join(MODEL_CASES))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--inputs", type=Path, default=ORACLE / "vectors",
+                        help="folder of the cases, as certify.py --fresh writes it")
     arguments = parser.parse_args()
-    arguments.out.mkdir(exist_ok=True)
+    arguments.out.mkdir(exist_ok=True, parents=True)
     for name in arguments.cases.split(","):
-        rows = outputs(name, getattr(torch, arguments.dtype))
+        rows = outputs(name, getattr(torch, arguments.dtype),
+                       case=case_of(name, arguments.inputs))
         (arguments.out / f"{name}.json").write_text(json.dumps(rows))
         print(name, flush=True)
 

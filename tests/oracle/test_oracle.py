@@ -5,8 +5,11 @@ import hashlib
 import json
 import math
 import re
+import os
 import runpy
+import subprocess
 import sys
+import tarfile
 
 import port_numpy
 import pytest
@@ -17,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from model import load
 from stop import Stop
 
-sys.path.insert(0, str(ROOT / "oracle"))
+sys.path[:0] = [str(ROOT / "oracle"), str(ROOT / "oracle" / "making")]
 import certify  # noqa: E402
+import clauses  # noqa: E402
+import compare  # noqa: E402
+import implementations  # noqa: E402
 
 SCORERS = sorted(folder.name for folder in (GOLDEN / "scorers").iterdir())
 
@@ -371,6 +377,78 @@ def test_every_clause_has_a_vector_and_every_vector_a_clause():
     assert rows == set(manifest["clauses"])
 
 
+def test_every_clause_has_a_mistake_that_it_catches():
+    """Of each clause a published mistake shows in a row that names it; CLAUSES.md is the table."""
+    assert set(clauses.BROKEN_BY) == {clause for row in compare.CLAUSES.values() for clause in row}
+    for clause, patterns in clauses.BROKEN_BY.items():
+        caught = []
+        for mistake in MISTAKES:
+            for rows in mistake["cases"].values():
+                named = [row for row in rows if clause in compare.CLAUSES[row]]
+                if clause in mistake["clauses"] and any(rows[row]["entries"] for row in named):
+                    caught.append(mistake["key"])
+        assert caught, clause
+        for pattern in patterns.split():
+            assert any(clauses.fits(mistake["key"], pattern) for mistake in MISTAKES), pattern
+    assert [mistake["key"] for mistake in MISTAKES if not mistake["clauses"]] == []
+    assert (ORACLE / "CLAUSES.md").read_text() == clauses.table(VECTORS)
+
+
+def test_ids_are_those_of_their_places():
+    """An input keeps its id: case, kind, and the number at which it stood from its first day."""
+    seen = set()
+    for name in CASES:
+        for items in published(name, "case").values():
+            for number, item in enumerate(items if isinstance(items, list) else ()):
+                if isinstance(item, dict):
+                    case, kind, place = item["id"].split("/")
+                    assert case == name and int(place) == number and isinstance(item["flags"], list)
+                    assert item["id"] not in seen
+                    seen.add(item["id"])
+    assert len(seen) > 190
+
+
+def is_valid(schema, value):
+    """Whether a value fits a JSON schema, of whose keywords ours use these."""
+    kinds = {"array": list, "object": dict, "string": str, "integer": int, "boolean": bool,
+             "number": (int, float), "null": type(None)}
+    types = schema.get("type", list(kinds))
+    types = types if isinstance(types, list) else [types]
+    is_number = type(value) is not bool or "boolean" in types
+    if not is_number or not any(isinstance(value, kinds[kind]) for kind in types):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if isinstance(value, str):
+        return re.search(schema.get("pattern", ""), value) is not None
+    if isinstance(value, list):
+        return all(is_valid(schema.get("items", {}), item) for item in value)
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        others = schema.get("additionalProperties", True)
+        for key, item in value.items():
+            inner = known.get(key, others)
+            if inner is False or inner is not True and not is_valid(inner, item):
+                return False
+        return all(key in value for key in schema.get("required", []))
+    return True
+
+
+def test_the_schemas_are_those_of_the_vectors():
+    schemas = {name: json.loads((ORACLE / "schemas" / f"{name}.json").read_text())
+               for name in ("case", "hand_in")}
+    for name in CASES:
+        case, rows = published(name, "case"), published(name)
+        assert is_valid(schemas["case"], case) and is_valid(schemas["hand_in"], rows), name
+        assert not is_valid(schemas["case"], case | {"prefixes": [{"ids": "all"}]})
+    assert not is_valid(schemas["hand_in"], {"scores": [True]})
+    assert not is_valid(schemas["hand_in"], {"score": [0.5]})
+
+
+def test_implementations_are_those_of_the_reports():
+    assert (ROOT / "IMPLEMENTATIONS.md").read_text() == implementations.text()
+
+
 def test_the_vectors_hold_the_edges():
     """Lengths, seeds, indices and ends that earlier vectors lacked."""
     lengths = {
@@ -438,11 +516,11 @@ def test_vectors_are_made_again(tmp_path, monkeypatch, capsys, name):
     """On one machine bit-equal; on another within what is allowed."""
     import cases
     import make_vectors
-    import reference
+    from plain_sampler import choices_rows, sampler_rows
 
     if name in ("sampler", "choices"):
         inputs = cases.sampler_inputs() if name == "sampler" else cases.choices_inputs()
-        make = reference.sampler_rows if name == "sampler" else reference.choices_rows
+        make = sampler_rows if name == "sampler" else choices_rows
         make_vectors.write_model_free(name, inputs, make(inputs), tmp_path)
     else:
         make_vectors.write_case(cases.BY_NAME[name], tmp_path, False)
@@ -452,6 +530,27 @@ def test_vectors_are_made_again(tmp_path, monkeypatch, capsys, name):
     made = {name: json.loads((tmp_path / name / "expected.json").read_text())}
     levels = certified(capsys, monkeypatch, hand_in(tmp_path, made), "--cases", name)[1]
     assert "FAIL" not in levels.values() and "PASS" in levels.values()
+
+
+@pytest.mark.parametrize("name", ("qwen2", "mxfp4", "m8", "sampler", "choices"))
+def test_the_rooms_pass(tmp_path, capsys, monkeypatch, name):
+    """The project's own code against numbers that a plain decoder and sampler computed."""
+    import cases
+    import reference
+    from vector_files import in_json
+
+    inputs = published(name, "case")
+    if name in cases.MODEL_FREE:
+        rows = {"sampler": reference.rooms_sampler_rows, "choices": reference.rooms_choices_rows}
+        found = in_json(rows[name](inputs))
+    else:
+        case = cases.BY_NAME[name]
+        model = case.model()
+        found = in_json(reference.rooms_rows(case, model, case.stop(model), inputs))
+    _, levels, _, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path, {name: found}), "--cases", name
+    )
+    assert "FAIL" not in levels.values() and "PASS" in levels.values(), text
 
 
 @pytest.mark.parametrize("name", ("qwen3.qv", "gpt_oss.attn"))
@@ -533,44 +632,49 @@ def test_transformers_and_peft_pass(tmp_path, capsys, monkeypatch, name):
     assert [levels[level] for level in ("decoder", "score", "training")] == ["PASS"] * 3, text
 
 
-def wrong_case(mistake):
-    """The case on which a mistake is cheapest to try."""
+def wrong_cases(mistake):
+    """The cases in which a mistake shows, the cheapest to try first."""
     order = ("sampler", "choices", "m8", "mxfp4", "qwen2", "qwen3", "gpt_oss")
+    if mistake["chain"] == "run":
+        order = ("qwen2", "mxfp4", "qwen3", "gpt_oss")
+    found = []
     for name in order:
-        if name in mistake["cases"]:
-            return name
-    raise ValueError(mistake["key"])
+        rows = mistake["cases"].get(name, {}).values()
+        if any(about["entries"] for about in rows):
+            found.append(name)
+    return found
 
 
 def wrong_run_rows(mistake, name, cache):
     """The rows of one run of the numpy port with a mistake, on the right uninterrupted paths."""
     key = mistake["key"]
-    wanted = {"cascade": "cascade", "run-ties-higher": "ties", "branch": "branches"}
-    kind = wanted.get(key, wanted.get(key.partition("-")[0], "main"))
     case = published(name, "case")
-    numbers = {run["name"]: i for i, run in enumerate(case["runs"])}
-    if mistake["cases"][name].get("uninterrupted", {}).get("entries"):
-        kind = "cascade"
-    touched = list(mistake["cases"][name].get("paths", {}).get("entries", {}))
-    if kind not in ("cascade", "branches") and str(numbers[kind]) not in touched and touched:
-        kind = case["runs"][int(touched[0])]["name"]
+    about = mistake["cases"][name]
+    in_paths = about.get("uninterrupted", {}).get("entries")
+    touched = list(in_paths or about["paths"]["entries"])
+    number = 2 if in_paths and "2" in touched else int(touched[0])  # the cascade is short
+    run = case["runs"][number]
     if name not in cache:
         cache[name] = port_numpy.Model(ORACLE / case["checkpoint"], published(name, "stop"))
-    number = numbers[kind]
-    if kind == "branches":
-        rows = {row: [None] * len(case["runs"]) for row in ("uninterrupted", "paths", "kept")}
-        rows["uninterrupted"][number] = published(name)["uninterrupted"][number]
-        port = port_numpy.Branching(cache[name], case["runs"][number], key)
-        rows["paths"][number], rows["kept"][number] = port.all()
-        return rows
-    port = port_numpy.Paths(cache[name], case["runs"][number], key)
-    port.scored = cache.setdefault((name, kind), {})
-    rows = {row: [None] * len(case["runs"]) for row in ("uninterrupted", "paths", "kept")}
-    if mistake["cases"][name].get("uninterrupted", {}).get("entries"):
-        rows["uninterrupted"][number] = port.whole()
-        return rows
+    changed = set()
+    for one in about.values():
+        changed |= {*one["entries"], *one.get("unknown", [])}
+    rows = {}  # runs that the mistake leaves alone are right
+    for row in ("uninterrupted", "paths", "kept"):
+        entries = published(name)[row]
+        rows[row] = [None if str(i) in changed else entry for i, entry in enumerate(entries)]
     whole = published(name)["uninterrupted"][number]
     rows["uninterrupted"][number] = whole
+    if len(run["stages"][0]) == 3:
+        port = port_numpy.Branching(cache[name], run, key)
+        rows["paths"][number], rows["kept"][number] = port.all()
+        return rows
+    port = port_numpy.Paths(cache[name], run, key)
+    if key not in ("run-logits", "run-float64"):
+        port.scored = cache.setdefault((name, number), {})
+    if in_paths:
+        rows["uninterrupted"][number] = port.whole()
+        return rows
     rows["paths"][number], rows["kept"][number] = port.all(whole)
     return rows
 
@@ -583,16 +687,20 @@ RUN_MODELS = {}
 )
 def test_a_wrong_port_is_named(tmp_path, capsys, monkeypatch, mistake):
     """The numpy port with each known mistake, none of whose numbers is ours: refused, and named."""
-    name = wrong_case(mistake)
-    if mistake["chain"] == "run":
-        name = "qwen2" if "qwen2" in mistake["cases"] else name
-        rows = wrong_run_rows(mistake, name, RUN_MODELS)
-    else:
-        longest = 300 if mistake["key"] == "bfloat16-positions" else 70
-        rows = port_numpy.outputs(name, mistake["key"], longest=longest, runs=False)
-    status, levels, report, text = certified(
-        capsys, monkeypatch, hand_in(tmp_path, {name: rows}), "--cases", name
-    )
+    far = ("bfloat16-positions", "ring-64", "positions-capped")
+    for name in wrong_cases(mistake):
+        if mistake["chain"] == "run":
+            found = {name: wrong_run_rows(mistake, name, RUN_MODELS)}
+            if name == "mxfp4" and "qwen2" not in wrong_cases(mistake):
+                found["qwen2"] = published("qwen2")  # where it is right: that tells it from others
+        else:
+            longest = 300 if mistake["key"] in far else 70
+            found = {name: port_numpy.outputs(name, mistake["key"], longest=longest, runs=False)}
+        status, levels, report, text = certified(
+            capsys, monkeypatch, hand_in(tmp_path, found), "--cases", ",".join(found)
+        )
+        if "FAIL" in levels.values():
+            break  # in the cases before it moved no number far enough
     assert status == 1 and "FAIL" in levels.values(), text
     assert cause_of(report)[2] == mistake["what"], text
 
@@ -672,6 +780,28 @@ def test_an_unknown_mistake_is_not_named(tmp_path, capsys, monkeypatch):
         )
         assert cause_of(report)[1:] == (row, None), text
         assert "no known mistake" in text
+
+
+def test_a_cause_explains_every_case_that_fails(tmp_path, capsys, monkeypatch):
+    """One case's numbers are a known mistake's, another fails where that mistake is right."""
+    mistake = next(one for one in MISTAKES if one["key"] == "rank-ties-higher")
+    rows = published("choices")
+    for label, entry in mistake["cases"]["choices"]["ranks"]["entries"].items():
+        rows["ranks"][int(label)] = entry["value"]
+    words = ("--cases", "choices")
+    folder = hand_in(tmp_path, {"choices": rows})
+    _, _, report, text = certified(capsys, monkeypatch, folder, *words)
+    assert cause_of(report)[2] == mistake["what"], text
+    vote = next(one for one in MISTAKES if one["key"] == "read-first")["cases"]
+    other = published("qwen2")
+    wrong = vote["qwen2"]["logits"]["entries"]
+    values = {int(label): entry["values"] for label, entry in wrong.items()}
+    logits = [values.get(i, entry) for i, entry in enumerate(other["logits"])]
+    m8 = published("m8")
+    found = {"qwen2": {"logits": logits}, "m8": {"logits": m8["logits"]}}
+    words = ("--cases", "qwen2,m8")
+    _, _, report, text = certified(capsys, monkeypatch, hand_in(tmp_path, found), *words)
+    assert cause_of(report)[2] is None, text  # m8 is right, and would not be
 
 
 NEIGHBOURS = {
@@ -763,6 +893,13 @@ def test_part_of_a_row_is_not_a_pass(tmp_path, capsys, monkeypatch):
     assert levels["score"] == "PASS" and status == 0 and "(only qwen2)" in text
 
 
+def test_a_misspelt_file_is_noted(tmp_path, capsys, monkeypatch):
+    hand_in(tmp_path, {"qwen_2": published("qwen2"), "sampler": published("sampler")})
+    status, levels, report, text = certified(capsys, monkeypatch, tmp_path)
+    assert status == 0 and "note: qwen_2.json: no case has this name" in text
+    assert levels["decoder"] == "NOT SHOWN" and len(report["notes"]) == 1
+
+
 def test_harmless_differences_pass(tmp_path, capsys, monkeypatch):
     """Paths in the order of their scores, keys with 0x and capitals, kept in any order."""
     expected = published("qwen2")
@@ -785,6 +922,7 @@ def test_harmless_differences_pass(tmp_path, capsys, monkeypatch):
 def test_one_wrong_shape_fails_its_row_only(tmp_path, capsys, monkeypatch):
     expected = published("qwen2")
     rows = expected | {
+        "score": [0.5],
         "scores": expected["scores"][:3] + [[0.5]] + expected["scores"][4:],
         "grad": expected["grad"] | {"head.bias": [[0.0]]},
         "kept": "all",
@@ -794,6 +932,28 @@ def test_one_wrong_shape_fails_its_row_only(tmp_path, capsys, monkeypatch):
     )
     failed = {row["row"] for row in report["rows"] if row["result"] == "FAIL"}
     assert failed == {"scores", "grad", "kept"} and levels["decoder"] == "PASS", text
+    assert "'score': unknown" in report["notes"][0]
+
+
+def test_a_rounding_that_a_port_may_choose_is_acceptable(tmp_path, capsys, monkeypatch):
+    """RoPE's angles in float64, where that shows; half of a row in it is neither."""
+    about = json.loads((VECTORS / "acceptable" / "angles-float64.json").read_text())["cases"]
+    name = "gpt_oss"
+    rows = published(name)
+    for row, entries in about[name].items():
+        for label, value in entries.items():
+            if row == "grad":
+                rows[row][label] = value
+            elif row != "loss":
+                rows[row][int(label)] = value
+    words = ("--cases", name, "--levels", "decoder,score")
+    folder = hand_in(tmp_path, {name: rows})
+    status, levels, _, text = certified(capsys, monkeypatch, folder, *words)
+    assert status == 0 and levels == {"decoder": "ACCEPTABLE", "score": "ACCEPTABLE"}, text
+    assert "angles in float64" in text
+    rows["hidden"][0][0][0] += 1e-3
+    _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, {name: rows}), *words)
+    assert levels["decoder"] == "FAIL", text
 
 
 def test_safetensors_are_read_too(tmp_path, capsys, monkeypatch):
@@ -815,12 +975,12 @@ def test_safetensors_are_read_too(tmp_path, capsys, monkeypatch):
 def test_bfloat16_of_ours_passes_and_a_mistake_does_not(tmp_path, capsys, monkeypatch):
     import cases
     import reference
-    from vector_files import to_json
+    from vector_files import in_json
 
     case = cases.BY_NAME["qwen2"]
     model = case.model(torch.bfloat16)
     inputs = published("qwen2", "case")
-    rows = json.loads(to_json(reference.case_rows(case, model, case.stop(model), inputs)))
+    rows = in_json(reference.rooms_rows(case, model, case.stop(model), inputs))
     words = ("--cases", "qwen2", "--dtype", "bfloat16")
     _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, {"qwen2": rows}), *words)
     assert [levels[level] for level in ("decoder", "score", "training", "run")] == [
@@ -858,10 +1018,7 @@ def test_fresh_inputs(tmp_path, capsys, monkeypatch):
     assert status == 0, err
     inputs = json.loads((tmp_path / "in" / "qwen2" / "case.json").read_text())
     assert inputs["prefixes"] != cases.fresh_case(cases.BY_NAME["qwen2"], 8, 512)["prefixes"]
-    monkeypatch.setattr(
-        port_numpy, "case_of", lambda name: inputs | {"levels": ["decoder", "score", "run"]}
-    )
-    rows = port_numpy.outputs("qwen2")
+    rows = port_numpy.outputs("qwen2", case=inputs)
     words = ("--cases", "qwen2", "--fresh")
     _, levels, _, text = certified(
         capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7
@@ -872,6 +1029,24 @@ def test_fresh_inputs(tmp_path, capsys, monkeypatch):
         capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7
     )
     assert levels["run"] == "FAIL" and levels["score"] == "PASS", text
+    rows["paths"][0][rows["kept"][0][0]]["ids"][-1] = 10 ** 6
+    _, levels, _, text = certified(
+        capsys, monkeypatch, hand_in(tmp_path / "out", {"qwen2": rows}), *words, 7
+    )
+    assert levels["run"] == "FAIL" and "expected token ids from 0 to 511" in text
+
+
+def test_fresh_problems_without_a_model(tmp_path, capsys, monkeypatch):
+    import follow
+
+    words = ("--cases", "sampler,choices", "--levels", "sampler,run", "--fresh", 5)
+    rows = {name: getattr(port_numpy, name)(follow.Fresh(name, 5).inputs)
+            for name in ("sampler", "choices")}
+    _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, rows), *words)
+    assert levels == {"sampler": "PASS", "run": "PASS"}, text
+    rows["choices"] = port_numpy.choices(follow.Fresh("choices", 6).inputs)
+    _, levels, _, text = certified(capsys, monkeypatch, hand_in(tmp_path, rows), *words)
+    assert levels["run"] == "FAIL", text
 
 
 def test_an_engine_is_asked_over_http(capsys, monkeypatch):
@@ -891,6 +1066,8 @@ def test_an_engine_is_asked_over_http(capsys, monkeypatch):
                 answer = {row: expected[row][i] for row in ("logits", "scores")}
             elif self.path == "/stop/sampler":
                 answer = port_numpy.sampler(request)
+            if self.path == "/stop/choices":
+                answer = {"error": "out of memory"}
             self.send_response(200 if answer else 404)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode() if answer else b"")
@@ -905,6 +1082,11 @@ def test_an_engine_is_asked_over_http(capsys, monkeypatch):
     status, _, lines, err = run(
         capsys, monkeypatch, "oracle/certify.py", "--server", url, "--cases", "m8,sampler"
     )
+    words = ("oracle/certify.py", "--server", url, "--cases", "choices")
+    broken, _, _, message = run(capsys, monkeypatch, *words)
+    assert broken == 2 and "answered an error: 'out of memory'" in message
+    words = ("oracle/certify.py", "--server", "http://local host:1", "--cases", "choices")
+    assert run(capsys, monkeypatch, *words)[0] == 2
     server.shutdown()
     text = "\n".join(lines)
     assert (
@@ -913,26 +1095,167 @@ def test_an_engine_is_asked_over_http(capsys, monkeypatch):
     assert "training  float32   NOT SHOWN" in text
 
 
-def test_the_archive_needs_no_python(tmp_path, capsys, monkeypatch):
-    """It lists its files' digests; weights come back bit for bit; twice the same bytes."""
+@pytest.fixture(scope="module")
+def archive_root(tmp_path_factory):
+    """The archive, unpacked; of one base model and of MXFP4, without the others' weights."""
     import archive
-    import tarfile
 
-    monkeypatch.setattr(archive.cases, "CASES", archive.cases.CASES[:1])
-    content = archive.pack(archive.contents())
-    assert content == archive.pack(archive.contents())
-    (tmp_path / "a.tar.gz").write_bytes(content)
-    with tarfile.open(tmp_path / "a.tar.gz") as opened:
-        opened.extractall(tmp_path, filter="data")
-    (root,) = tmp_path.glob("stop-oracle-*")
-    for line in (root / "SHA256SUMS").read_text().splitlines():
+    folder = tmp_path_factory.mktemp("archive")
+    every = archive.cases.CASES
+    archive.cases.CASES = [case for case in every if case.name in ("qwen2", "mxfp4")]
+    try:
+        content = archive.pack(archive.contents())
+        assert content == archive.pack(archive.contents())
+    finally:
+        archive.cases.CASES = every
+    (folder / "a.tar.gz").write_bytes(content)
+    with tarfile.open(folder / "a.tar.gz") as opened:
+        opened.extractall(folder, filter="data")
+    (root,) = folder.glob("stop-oracle-*")
+    return root
+
+
+def test_the_archive_needs_no_python(archive_root):
+    """It lists its files' digests; weights come back bit for bit; MXFP4 as blocks and scales."""
+    for line in (archive_root / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
-        assert hashlib.sha256((root / name).read_bytes()).hexdigest() == digest, name
-    folder = root / "golden" / "checkpoints" / "qwen2-tied-sharded"
+        assert hashlib.sha256((archive_root / name).read_bytes()).hexdigest() == digest, name
+    folder = archive_root / "golden" / "checkpoints" / "qwen2-tied-sharded"
     weights = json.loads((folder / "weights.json").read_text())["tensors"]
     for name, weight in load(folder).named_parameters():
         values = torch.tensor(weights[name]["data"]).view(weights[name]["shape"])
         assert torch.equal(values, weight), name
+    folder = archive_root / "golden" / "mxfp4" / "gptoss-mxfp4-tiny"
+    weights = json.loads((folder / "weights.json").read_text())["tensors"]
+    name = "model.layers.1.mlp.experts.down_proj"
+    parts = [weights[f"{name}_{part}"] for part in ("blocks", "scales")]
+    parts = [port_numpy.np.array(part["data"], "uint8").reshape(part["shape"]) for part in parts]
+    decoded = port_numpy.unpack(*parts, None)
+    assert decoded.reshape(-1).tolist() == weights[name]["data"]
+
+
+def alone(script, *words, **options):
+    """(exit status, stdout, stderr) of a script by Python without any package."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(script), *map(str, words)],
+        capture_output=True, text=True, timeout=300, **options,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_certify_needs_the_standard_library_alone(tmp_path, archive_root):
+    """From the archive, in another folder; the report on stdout is JSON and nothing else."""
+    rows = {name: published(name) for name in CASES}
+    script = archive_root / "certify.py"
+    status, out, err = alone(script, hand_in(tmp_path, rows), "--json", "-", cwd=tmp_path)
+    assert status == 0, err
+    assert set(json.loads(out)["levels"].values()) == {"PASS"}
+    assert "decoder   float32   PASS" in err
+    status, out, err = alone(script, tmp_path, "--fresh", 3, "--cases", "sampler")
+    assert status == 2 and err.count("\n") == 1 and "needs torch" not in out
+    expected = archive_root / "vectors" / "m8" / "expected.json"
+    content = expected.read_bytes()
+    expected.write_bytes(content.replace(b'"scores": [0', b'"scores": [1', 1))
+    status, _, err = alone(script, tmp_path)
+    expected.write_bytes(content)
+    assert status == 2 and "vectors/m8/expected.json: its SHA-256" in err
+
+
+PORT = """import json, sys, time
+case = json.load(sys.stdin)
+if case["name"] == "choices":
+    {choices}
+folder = case["root"] + "/vectors/" + case["name"]
+json.dump(json.load(open(folder + "/expected.json")), sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("choices, message", (
+    ("pass", None),
+    ("time.sleep(60)", "no answer within 2 seconds"),
+    ("sys.exit('it broke')", "exit status 1: 'it broke'"),
+    ("print('{')", "not JSON"),
+    ("sys.stdout.write('{\"votes\": 1, \"votes\": 2}'); sys.exit()", "stands twice"),
+))
+def test_a_command_is_run_once_a_case(tmp_path, choices, message):
+    (tmp_path / "port.py").write_text(PORT.replace("{choices}", choices))
+    status, out, err = alone(
+        ORACLE / "certify.py", "--command", f"{sys.executable} {tmp_path / 'port.py'}",
+        "--cases", "sampler,choices", "--timeout", 2 if "sleep" in choices else 60,
+    )
+    if message is None:
+        assert status == 0 and "sampler   float32   PASS" in out
+        assert "run       float32   PASS" in out
+    else:
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_no_verdict_on_what_was_not_asked(tmp_path, capsys, monkeypatch):
+    """m8 has no runs: nothing is said to have passed there."""
+    words = ("--cases", "m8", "--levels", "run")
+    for more in ((), ("--dtype", "bfloat16")):
+        status, levels, _, text = certified(
+            capsys, monkeypatch, hand_in(tmp_path, {"m8": published("m8")}), *words, *more
+        )
+        assert status == 1 and levels == {"run": "NOT SHOWN"}, text
+
+
+def test_devices_and_links_stay(tmp_path):
+    """A device is refused as the report's file, from the archive too, and a link stays one."""
+    hand_in(tmp_path, {"choices": published("choices")})
+    words = (tmp_path, "--cases", "choices", "--json")
+    status, _, err = alone(ORACLE / "certify.py", *words, "/dev/null")
+    assert (status, err) == (2, "error: /dev/null: found a device, expected a file or none\n")
+    assert not os.path.isfile("/dev/null")
+    (tmp_path / "report").touch()
+    (tmp_path / "link").symlink_to("report")
+    assert alone(ORACLE / "certify.py", *words, tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "report").read_text()
+    status, _, err = alone(ORACLE / "certify.py", *words, tmp_path / "no" / "report")
+    assert status == 2 and "cannot be written" in err and err.count("\n") == 1
+
+
+HOSTILE = {
+    "a nesting without end": "[" * 100000,
+    "an integer of 5,000 digits": '{"scores": [1' + "0" * 5000 + "]}",
+    "an integer beyond float64": '{"scores": [1' + "0" * 400 + "]}",
+    "infinity": '{"scores": [1e999]}',
+    "NaN": '{"scores": [NaN, 1]}',
+    "true": '{"scores": [true, false], "kept": [[true]], "loss": true}',
+    "a lone surrogate": '{"scores": ["\\ud800"], "\\ud800": 1}',
+    "control characters": '{"scores": ["\\u001b[2J"], "a\\nb": 1}',
+    "ragged": '{"scores": [[1, [2]], []], "logits": [[[]]], "grad": [1], "hidden": {"0": 1}}',
+    "null inside": '{"logits": [[null]], "paths": [[null]], "uninterrupted": [[{}]]}',
+    "strange paths": '{"paths": [[{"index": [1], "branches": {"a": 1}, "ids": "x", "score": {}}]]}',
+    "mixed": '{"kept": [[1, "a", null, [2], {"b": 3}]], "paths": "all", "uninterrupted": 7}',
+    "not UTF-8": b"\xff\xfe{",
+    "an array": "[]",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_hand_ins(tmp_path, capsys, monkeypatch, what):
+    """Read, and failed, or refused in one line of plain text; never a traceback."""
+    content = HOSTILE[what]
+    (tmp_path / "qwen2.json").write_bytes(content if isinstance(content, bytes) else
+                                          content.encode())
+    monkeypatch.setattr(sys, "argv", ["certify.py", str(tmp_path), "--cases", "qwen2"])
+    status = certify.main()
+    out, err = capsys.readouterr()
+    assert status in (1, 2) and (status == 1) == (err == "") and err.count("\n") <= 1
+    assert (out + err).replace("\n", "").isprintable() and (out + err).isascii()
+    if what == "NaN":
+        assert "[0]: found NaN" in out
+
+
+def test_a_hand_in_of_gigabytes_is_one_line(tmp_path, capsys, monkeypatch):
+    with open(tmp_path / "qwen2.json", "wb") as file:
+        file.truncate(2 * 10 ** 9)  # sparse
+    monkeypatch.setattr(sys, "argv", ["certify.py", str(tmp_path), "--cases", "qwen2"])
+    assert certify.main() == 2
+    err = capsys.readouterr().err
+    assert "found 2,000,000,000 bytes, expected at most" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -940,7 +1263,7 @@ def test_the_archive_needs_no_python(tmp_path, capsys, monkeypatch):
     (
         ("no folder", "no such folder"),
         ("junk", "qwen2.safetensors: not a whole"),
-        ("name", "'score': unknown"),
+        ("twice", "qwen2.json: not JSON: the key 'scores' stands twice"),
         ("json", "qwen2.json: not JSON"),
         ("case", "--cases: found 'llama'"),
         ("level", "--levels: found 'all'"),
@@ -956,8 +1279,8 @@ def test_bad_outputs(tmp_path, capsys, monkeypatch, what, message):
         folder = [tmp_path / "no"]
     elif what == "junk":
         (tmp_path / "qwen2.safetensors").write_bytes(b"junk")
-    elif what == "name":
-        hand_in(tmp_path, {"qwen2": {"score": [0.5]}})
+    elif what == "twice":
+        (tmp_path / "qwen2.json").write_text('{"scores": [0.5], "scores": [0.25]}')
     elif what == "json":
         (tmp_path / "qwen2.json").write_text("{")
     elif what == "write":

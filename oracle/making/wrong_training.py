@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from plain_decoder import Port
 from sample import prefill
 
 TRAINING = {
@@ -26,6 +27,7 @@ TRAINING = {
     "grad-no-bias": "the head's bias gets no gradient",
     "grad-bfloat16": "gradients are rounded to bfloat16",
     "grad-cut": "no gradient flows through the [STOP] positions' keys and values",
+    "grad-through-prefix": "LoRA is active on the prefix too, and learns from it",
     "grad-clipped": "gradients are clipped to a norm of 1",
     "grad-negative": "gradients have the other sign"}
 
@@ -63,6 +65,16 @@ class LastOnly:
         a = lora.pairs[name].lora_A.weight.detach()
         b = lora.pairs[name].lora_B.weight.detach()
         return y + F.linear(F.linear(x, a), b) * (lora.alpha / lora.rank)
+
+
+def step_through_prefix(model, stop, prefixes, labels):
+    """(loss, {name: gradient}) where LoRA is active at every position, and the graph with it."""
+    port = Port(model, stop, "lora-everywhere")
+    port.parts = {name: part.clone().requires_grad_() for name, part in port.parts.items()}
+    logits = torch.stack([port.score_entry(ids)["logits"] for ids in prefixes])
+    loss = stop.loss(logits, torch.tensor(labels))
+    gradients = torch.autograd.grad(loss, port.parts.values())
+    return loss.detach(), dict(zip(port.parts, gradients))
 
 
 def step(model, stop, prefixes, labels, wrong):
@@ -150,5 +162,9 @@ def changed(gradients, stop, batch, wrong):
 
 def training_rows(model, stop, prefixes, labels, wrong):
     """The rows `loss` and `grad`."""
-    loss, gradients = step(model, stop, prefixes[:len(labels)], labels, wrong)
+    prefixes = prefixes[:len(labels)]
+    if wrong == "grad-through-prefix":
+        loss, gradients = step_through_prefix(model, stop, prefixes, labels)
+    else:
+        loss, gradients = step(model, stop, prefixes, labels, wrong)
     return {"loss": loss, "grad": gradients}

@@ -1,7 +1,8 @@
 """The inputs of the vectors: prefixes, labels, runs, and small sampler problems without a model.
 
-Each input names the clauses of oracle/README.md that it tests. `fresh_case` makes inputs from a
-seed, which nobody can have copied.
+Each input names the clauses of oracle/README.md that it tests, its flags, and an id that stays:
+new inputs are put behind the old ones. `fresh_case` makes inputs from a seed, which nobody can have
+copied.
 """
 import dataclasses
 import json
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from model import load
 from stop import Stop
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent  # oracle/
 VECTORS = HERE / "vectors"
 
 
@@ -31,6 +32,7 @@ class Case:
     alpha: float = 3
     head: str = "sigmoid"
     head_spread: float = 0.1
+    chosen_prefixes: tuple = ()  # of ids that were looked for; they come last
 
     def model(self, dtype=torch.float32):
         return load(HERE / self.checkpoint, dtype=dtype)
@@ -57,8 +59,8 @@ CASES = (
     Case("qwen3", "golden/checkpoints/qwen3-tiny", (1, 65, 300, 4100), MODEL_LEVELS + ("run",),
          golden="golden/scorers/qwen3-tiny.qv"),
     Case("gpt_oss", "golden/checkpoints/gptoss-tiny", (1, 65, 300, 4100), MODEL_LEVELS + ("run",),
-         golden="golden/scorers/gptoss-tiny.attn"),
-    Case("mxfp4", "golden/mxfp4/gptoss-mxfp4-tiny", (1, 9, 33, 65, 300), MODEL_LEVELS,
+         golden="golden/scorers/gptoss-tiny.attn", chosen_prefixes=((52,),)),
+    Case("mxfp4", "golden/mxfp4/gptoss-mxfp4-tiny", (1, 9, 33, 65, 300), MODEL_LEVELS + ("run",),
          m=1, rank=3, alpha=5, head_spread=16.0),
     Case("m8", "golden/checkpoints/qwen3-tiny", (1, 3, 20, 65), ("score", "training"),
          m=8, rank=2, alpha=5, head="softmax", head_spread=0.2))
@@ -96,7 +98,22 @@ def prefixes_of(case, vocab):
     generator = torch.Generator().manual_seed(0)
     for length in case.lengths:
         rows.append(random_ids(length, vocab, generator))
-    return [{"ids": ids, "clauses": clauses_of_row(case, len(ids))} for ids in rows], labels
+    rows += [list(ids) for ids in case.chosen_prefixes]
+    prefixes = [{"ids": ids, "clauses": clauses_of_row(case, len(ids))} for ids in rows]
+    for prefix in prefixes:
+        length = len(prefix["ids"])
+        flags = {"one token": length == 1, "long": length > 256, "beyond window": length > 8,
+                 "saturated": case.head_spread > 1}
+        if tuple(prefix["ids"]) in case.chosen_prefixes:
+            flags["gate below -7"] = True
+            prefix["clauses"] = ["D11"]
+        prefix["flags"] = [flag for flag, holds in flags.items() if holds]
+    return with_ids(case.name, "prefix", prefixes), labels
+
+
+def with_ids(case, kind, items):
+    """Inputs with an id each, which stays theirs: "qwen2/prefix/3"."""
+    return [{"id": f"{case}/{kind}/{number}"} | item for number, item in enumerate(items)]
 
 
 def clauses_of_row(case, length):
@@ -131,6 +148,7 @@ class Run:
     first_seed: int
     eos_step: int = 37       # end tokens: 3, 3 + step, 3 + 2 * step, ...
     zero_head: bool = False  # the head's weight is replaced by zeros: all scores are equal
+    cases: tuple = ("qwen2", "qwen3", "gpt_oss")
 
 
 RUNS = (
@@ -143,7 +161,13 @@ RUNS = (
     Run("branches", ("R5", "R6", "R7", "R9"), 9, ((4, 3, 3), (8, 4, 2)), 14, 1.2, 60, 0.98,
         prompt_length=12, first_seed=2 ** 50 + 7, eos_step=23),
     Run("ties", ("R4", "S2"), 5, ((4, 2),), 8, 0.0, 40, 0.95,
-        prompt_length=30, first_seed=3, zero_head=True))
+        prompt_length=30, first_seed=3, zero_head=True),
+    Run("branch ties", ("R4", "R9"), 6, ((4, 3, 3), (8, 5)), 12, 1.2, 60, 0.98,
+        prompt_length=5, first_seed=2 ** 52 + 1, eos_step=61, zero_head=True),
+    Run("ended in a cascade", ("R3", "R4", "R6", "R7"), 12, ((4, 8), (8, 4)), 12, 1.3, 50, 0.95,
+        prompt_length=7, first_seed=2 ** 41 + 5, eos_step=11),
+    Run("saturated", ("C8", "R4"), 12, ((5, 4),), 9, 1.0, 40, 0.95,
+        prompt_length=6, first_seed=2 ** 35 + 3, cases=("mxfp4",)))
 
 
 def run_inputs(run, seed, vocab):
@@ -153,6 +177,7 @@ def run_inputs(run, seed, vocab):
     return {
         "name": run.name,
         "clauses": list(run.clauses),
+        "flags": flags_of(run),
         "prompt_ids": random_ids(run.prompt_length, vocab, generator),
         "n": run.n,
         "stages": [list(stage) for stage in run.stages],
@@ -163,6 +188,18 @@ def run_inputs(run, seed, vocab):
         "seed": str(seed),
         "eos_ids": list(range(3, vocab, run.eos_step)),
         "zero_head": run.zero_head}
+
+
+def flags_of(run):
+    """What is special about a run."""
+    flags = {
+        "tie": run.zero_head or run.name == "saturated",
+        "saturated": run.name == "saturated",
+        "cascade": len(run.stages) > 1,
+        "branches": len(run.stages[0]) == 3,
+        "greedy": run.temperature == 0,
+        "long": run.prompt_length > 256}
+    return [flag for flag, holds in flags.items() if holds]
 
 
 # ----------------------------------------------------------------------------- without a model
@@ -218,6 +255,14 @@ def distributions(generator):
     ask("a temperature close to zero", ["S1", "S2"], near, 0.01, 0, 1.0)
     ask("a temperature closer to zero", ["S1", "S2"], near, 0.001, 4, 0.99)
     ask("a temperature of almost zero", ["S1", "S2"], almost_equal, 1e-6, 0, 1.0)
+    # In 1.1: logits that differ, and whose z do not; parts too small for a float32 sum to grow by.
+    ask("a tie of z at top-k", ["S1", "S3"], [10, 1e-7, 2e-7, 3e-7], 1.0, 2, 1.0)
+    ask("a tie of z at top-p", ["S1", "S4"], [10, 1e-7, 2e-7, 3e-7], 1.0, 0, 0.99992)
+    tiny = np.log(2.0 ** -25) - 1e-4 * np.arange(400)
+    ask("parts below a float32 sum's step", ["S4", "S5"], [0.0, *tiny], 1.0, 0, 0.999995)
+    ask("a temperature that float32 rounds", ["S1"], [0.3, 0.7, 0.1, 0.2], 0.1, 0, 0.9)
+    weights_near_zero = [0.0, -80.0, -120.0, -150.0]
+    ask("probabilities that are 0 in float32", ["S5"], weights_near_zero, 1.0, 0, 1.0)
     return problems
 
 
@@ -261,6 +306,11 @@ def draws(generator):
     ask("skewed, between two sums", ["S5", "S6"], skewed, between_sums(skewed, 12))
     ask("tokens by id, not by size", ["S6"], [0.1, 0.2, 0.4, 0.3],
         [0.05, 0.15, 0.35, 0.65, 0.75, 0.95])
+    small = np.full(3000, 2.0 ** -25, dtype=np.float32)  # each is lost in a float32 sum beyond 1
+    ask("parts below a float32 sum's step", ["S5", "S6"], [1.0, *small],
+        [0.5, 0.99999, 0.99992, 0.99995, 0.99998])
+    steps = (torch.rand(1200, generator=generator) + 0.01).numpy()
+    ask("many, between two sums", ["S5", "S6"], steps / steps.sum(), between_sums(steps, 8))
     return problems
 
 
@@ -277,6 +327,8 @@ def key_problems(generator):
         problems.append({"seed": "5", "prompt_ids": short, "index": index})
     for prompt in ([0], [7, 0], [0, 7], long[:512], long[:513], long):
         problems.append({"seed": str(2 ** 40 + 3), "prompt_ids": prompt, "index": 2})
+    for prompt in ([65535], [65536], [65537, 255], [256, 1]):
+        problems.append({"seed": "6", "prompt_ids": prompt, "index": 65537})
     for problem in problems:
         problem["clauses"] = ["S7", "S8"]
     return problems
@@ -292,6 +344,8 @@ def sampler_inputs():
     noise = []
     for key in ("0000000000000000", "0123456789abcdef", "fedcba9876543210", "ffffffffffffffff"):
         noise.append({"key": key, "positions": positions, "clauses": ["S7", "S9"]})
+    far = [32767, 32768, 65535, 65536, 65537, 2 ** 24 + 1, 2 ** 31, 2 ** 32, 2 ** 32 + 7]
+    noise.append({"key": "0123456789abcdef", "positions": far, "clauses": ["S9"]})
     tokens = []
     for i, problem in enumerate(distributions_asked):
         tokens.append({
@@ -301,12 +355,35 @@ def sampler_inputs():
             "index": 5 * i,
             "positions": list(range(8)) + [30 + i, 300 + i],
             "clauses": ["S6", "S8", "S9"]})
-    return {
+    return described("sampler", {
         "distributions": distributions_asked,
         "draws": draws_asked,
         "keys": keys,
         "noise": noise,
-        "tokens": tokens}
+        "tokens": tokens})
+
+
+def described(case, lists):
+    """Lists of inputs with ids and flags."""
+    kinds = {"distributions": "distribution", "draws": "draw", "keys": "key", "noise": "noise",
+             "tokens": "token", "ranks": "rank", "votes": "vote"}
+    result = {}
+    for name, items in lists.items():
+        flagged = [{"flags": flags_of_problem(item)} | item for item in items]
+        result[name] = with_ids(case, kinds[name], flagged)
+    return result
+
+
+def flags_of_problem(item):
+    """What is special about an input without a model."""
+    name = item.get("name", "")
+    equal = "scores" in item and len(set(np.float32(item["scores"]))) < len(item["scores"])
+    flags = {
+        "tie": "tie" in name or "equal" in name or equal,
+        "greedy": item.get("temperature") == 0,
+        "long": len(item.get("prompt_ids", ())) > 256 or max(item.get("positions", [0])) > 65535,
+        "64 bits": abs(int(item.get("seed", 0))) >= 2 ** 53}
+    return [flag for flag, holds in flags.items() if holds]
 
 
 def choices_inputs():
@@ -338,6 +415,10 @@ def choices_inputs():
     ask_ranks([0.97, 0.99, 0.96, 0.98], 2)
     ask_ranks([0.01, 0.03, 0.02, 0.04], 1)
     ask_ranks([0.4, 0.6, 0.2], 3)
+    # In 1.1: equal in float32 only
+    ranks.append({"clauses": ["R4"], "scores": [0.5, 0.50000001, 0.49999999, 0.50000002],
+                  "keep": 2})
+    ranks.append({"clauses": ["R4"], "scores": [0.99999999, 1.0, 0.999999995, 0.9], "keep": 1})
 
     ask_votes(["7", "12", "12", "7", "12"])
     ask_votes(["5", "3", "3", "5"])
@@ -352,31 +433,95 @@ def choices_inputs():
     ask_votes(["1", "2", "2"], [0.5, 0.25, 0.25])
     ask_votes(["3", None, "4", "4"], [0.3, 5.0, 0.1, 0.1])
     ask_votes(["1/4", "9", "0.25"], [0.25, 0.375, 0.25])
-    return {"ranks": ranks, "votes": votes}
+    # In 1.1: weights that are all zero
+    ask_votes(["4", "5", "5"], [0.0, 0.0, 0.0])
+    ask_votes([None, "6", "7"], [1.0, 0.0, 0.0])
+    return described("choices", {"ranks": ranks, "votes": votes})
 
 
 # -------------------------------------------------------------------------------------- fresh
 
 
-def fresh_case(case, seed, vocab):
-    """Inputs of a case from a seed: prefixes of random lengths, labels and one run."""
-    text = f"{case.name} {seed}"
+def fresh_generator(name, seed):
+    """A generator of random numbers that belongs to a case and a seed."""
+    text = f"{name} {seed}"
     generator = torch.Generator().manual_seed(int.from_bytes(text.encode()[:16], "big") % 2 ** 62)
     generator.manual_seed(torch.randint(2 ** 60, (1,), generator=generator).item() ^ seed)
-    lengths = torch.randint(1, 420, (6,), generator=generator).tolist()
-    lengths.append(torch.randint(600, 1500, (1,), generator=generator).item())
-    prefixes = [{"ids": random_ids(length, vocab, generator), "clauses": []} for length in lengths]
+    return generator
+
+
+def fresh_case(case, seed, vocab):
+    """Inputs of a case from a seed: prefixes of random lengths, labels and runs."""
+    generator = fresh_generator(case.name, seed)
+    lengths = torch.randint(1, 300, (5,), generator=generator).tolist()
+    lengths.append(torch.randint(400, 1000, (1,), generator=generator).item())
+    prefixes = [{"ids": random_ids(length, vocab, generator), "clauses": [], "flags": []}
+                for length in lengths]
     labels = torch.rand(4, generator=generator).tolist()
     run_seed = int(torch.randint(2 ** 62, (1,), generator=generator))
-    run = Run("fresh", (), 12, ((6, 4),), 16, 0.9, 30, 0.95,
-              prompt_length=lengths[0] % 40 + 1, first_seed=run_seed, eos_step=29)
+    prompt = lengths[0] % 40 + 1
+    runs = [
+        Run("fresh", (), 12, ((6, 4),), 16, 0.9, 30, 0.95, prompt, run_seed, eos_step=29),
+        Run("fresh cascade", (), 9, ((3, 6), (7, 3)), 12, 1.2, 50, 0.9, prompt + 3, run_seed + 1,
+            eos_step=17),
+        Run("fresh branches", (), 5, ((4, 3, 2), (8, 3)), 12, 1.1, 60, 0.97, prompt + 5,
+            run_seed + 2, eos_step=41)]
+    asked = [run_inputs(run, run.first_seed, vocab) for run in runs]
     return {
         "name": case.name,
         "checkpoint": case.checkpoint,
         "stop": case.stop_name,
-        "prefixes": prefixes,
+        "levels": list(case.levels),
+        "rope_positions": [],
+        "prefixes": with_ids(case.name, "fresh-prefix", prefixes),
         "labels": labels,
-        "runs": [run_inputs(run, run_seed, vocab)] if "run" in case.levels else []}
+        "runs": with_ids(case.name, "fresh-run", asked) if "run" in case.levels else []}
+
+
+def fresh_model_free(name, seed):
+    """Inputs of the case `sampler` or `choices` from a seed."""
+    generator = fresh_generator(name, seed)
+
+    def number(least, most):
+        """A random integer from least to most."""
+        return int(torch.randint(least, most + 1, (1,), generator=generator))
+
+    if name == "choices":
+        ranks = []
+        votes = []
+        for _ in range(12):
+            scores = torch.randint(0, 6, (number(2, 12),), generator=generator).float() / 7
+            ranks.append({"clauses": [], "scores": scores.numpy(),
+                          "keep": number(1, len(scores))})
+            count = number(1, 9)
+            answers = [[None, "1/2", "0.5", "3", "4", "-2"][number(0, 5)] for _ in range(count)]
+            weights = [number(0, 8) / 8 for _ in range(count)] if number(0, 1) else None
+            votes.append({"clauses": [], "answers": answers, "weights": weights, "kind": "math"})
+        return {"name": name} | described(name, {"ranks": ranks, "votes": votes})
+    problems = []
+    for _ in range(12):
+        logits = torch.randn(number(5, 400), generator=generator).numpy() * number(1, 4)
+        problems.append(distribution(
+            "fresh", [], logits, number(2, 20) / 10, number(0, 60), number(1, 20) / 20))
+    drawn = []
+    for _ in range(6):
+        probs = torch.rand(number(3, 300), generator=generator).softmax(-1).numpy()
+        numbers = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
+        drawn.append(draw_problem("fresh", [], probs, numbers))
+    keys = []
+    tokens = []
+    noise = []
+    for i in range(12):
+        about = {"seed": str(number(0, 2 ** 62)), "index": number(0, 300), "clauses": [],
+                 "prompt_ids": random_ids(number(1, 300), 150000, generator)}
+        keys.append(about)
+        tokens.append(about | {"distribution": i,
+                               "positions": [number(0, 70000) for _ in range(8)]})
+        noise.append({"key": f"{number(0, 2 ** 62):016x}", "clauses": [],
+                      "positions": [number(0, 2 ** 34) for _ in range(6)]})
+    return {"name": name} | described(name, {
+        "distributions": problems, "draws": drawn, "keys": keys, "noise": noise,
+        "tokens": tokens})
 
 
 def read_case(name):

@@ -3,13 +3,14 @@ from pathlib import Path
 
 import cases
 import compare
+import rounding
 from plumbing.records import read_json
 from vector_files import file_digest, write_json
 
-HERE = Path(__file__).resolve().parent
-VERSION = "1.0.0"
+HERE = Path(__file__).resolve().parent.parent  # oracle/
+VERSION = "1.1.0"
 GOLDEN = "golden: transformers 5.23.0, peft 0.21.2 and the authors' code; see golden/README.md"
-OURS = "ours: oracle/make_vectors.py"
+OURS = "ours: oracle/making/make_vectors.py"
 
 
 def described_files(out):
@@ -30,22 +31,26 @@ def described_files(out):
 
 def write(out):
     """Write manifest.json for the vectors in a folder."""
-    tolerances = {}
-    for row, (tolerance, floor) in compare.FLOATS.items():
-        tolerances[row] = {"tolerance": tolerance, "floor": floor}
     levels = {}
     for level, rows in compare.LEVELS.items():
         levels[level] = {"rows": list(rows), "cases": cases_of(level)}
-    bfloat16 = HERE / "bfloat16.json"
+    bfloat16 = HERE / "making" / "bfloat16.json"
     write_json(out / "manifest.json", {
         "version": VERSION,
         "levels": levels,
         "diagnostic": list(compare.DIAGNOSTIC),
         "clauses": compare.CLAUSES,
-        "float32": tolerances,
-        "path_score": compare.PATH_SCORE,
-        "bfloat16": read_json(bfloat16) if bfloat16.is_file() else {},
+        "float32": {
+            "states": rounding.STATES, "stop.states": rounding.STOP_STATES,
+            "logits": rounding.LOGITS, "scores": rounding.SCORES, "loss": rounding.LOSS,
+            "grad": rounding.GRADIENTS, "probabilities": compare.PROBABILITY},
+        "bfloat16": allowed_in(read_json(bfloat16)),
         "files": described_files(out)})
+
+
+def allowed_in(measured):
+    """What certify needs of bfloat16.json."""
+    return {key: measured[key] for key in ("inputs", "rows", "runs")}
 
 
 def cases_of(level):

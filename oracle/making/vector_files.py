@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from plumbing.records import write_atomic
 
@@ -25,6 +26,11 @@ def to_json(value):
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join([to_json(item) for item in value]) + "]"
     return json.dumps(value, allow_nan=False)
+
+
+def in_json(value):
+    """A value as it is read back from JSON."""
+    return json.loads(to_json(value))
 
 
 def _array_to_json(array):
@@ -63,10 +69,16 @@ def stop_in_json(stop):
         "tensors": tensors}
 
 
-def checkpoint_in_json(model):
-    """A base model's weights, upcast to float32, as one JSON value: {name: {shape, data}}."""
+def checkpoint_in_json(model, folder):
+    """A base model's weights as one JSON value: {name: {shape, data}}, upcast to float32; beside
+    decoded MXFP4 experts the bytes of their blocks and scales, as they lie in the folder."""
     tensors = {}
     for name, weight in model.named_parameters():
         values = weight.detach().float().cpu()
         tensors[name] = {"shape": list(values.shape), "data": values.flatten()}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, values in load_file(file).items():
+            if values.dtype == torch.uint8:
+                tensors[name] = {"shape": list(values.shape), "dtype": "uint8",
+                                 "data": values.flatten().tolist()}
     return {"tensors": tensors}

@@ -1,6 +1,6 @@
 """Write the published vectors again (sections 3 and 5 of the paper, on tiny checkpoints).
 
-    python oracle/make_vectors.py [--out DIR] [--search true]
+    python oracle/making/make_vectors.py [--out DIR] [--search true]
 
 The seeds of the runs are those of the published vectors; with --search they are looked for again:
 the first from `first_seed` on with which no decision is close, so that other rounding changes no
@@ -14,24 +14,30 @@ from types import SimpleNamespace
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # the project's root, for its rooms
+HERE = Path(__file__).resolve().parent.parent  # oracle/
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "making")]  # the root has the rooms
+import acceptable  # noqa: E402
 import cases  # noqa: E402
 import manifest  # noqa: E402
 import mistakes  # noqa: E402
 import reference  # noqa: E402
+from plain_decoder import Port  # noqa: E402
+from plain_sampler import choices_rows, sampler_rows  # noqa: E402
 from plumbing.command_line import command_line, option  # noqa: E402
+from rounding import log_odds  # noqa: E402
 from sample import draw, generate, probabilities  # noqa: E402
 from stop import Watcher, launch_check_resume  # noqa: E402
 from vector_files import stop_in_json, write_json  # noqa: E402
 
 CLOSE = 2e-5        # logits, noise and top-p may move by so much
 CLOSE_SCORES = 2e-4  # the last path kept leads the first pruned by more
+SATURATED = 20.0     # of a log odds whose score is 1 in float32, however it is rounded
+ROPE_POSITIONS = (0, 1, 7, 63, 64, 299, 4099)
 
 
 @dataclasses.dataclass
 class Settings:
-    """What `python oracle/make_vectors.py` can be told."""
+    """What `python oracle/making/make_vectors.py` can be told."""
     out: str = option(str(HERE / "vectors"), "folder to write")
     search: bool = option(False, "look for the runs' seeds again")
     cases: str | None = option(None, "those to write, as in qwen2,sampler (default: all)")
@@ -71,17 +77,42 @@ def paths_are_firm(model, run, paths):
 
 
 def gaps_are_wide(checks, zero_head):
-    """Whether at every check the last path kept leads the first one pruned."""
+    """Whether at every check the last path kept leads the first one pruned, or all are exactly 1
+    on both sides."""
     if zero_head:
         return True
     for check in checks:
-        if check.left and min(check.stayed) - max(check.left) <= CLOSE_SCORES:
+        tied = check.left and max(check.left) == 1 == min(check.stayed)
+        if check.left and not tied and min(check.stayed) - max(check.left) <= CLOSE_SCORES:
             return False
     return True
 
 
-def shows_enough(name, paths, run):
+def ties_are_saturated(model, stop, run, paths, last):
+    """Whether scores near 1 are 1 beyond doubt, and a tie of them hides another order of logits."""
+    port = Port(model, stop, None, torch.float64)
+    odds = []
+    for path in paths:
+        z = log_odds(port.score_entry(run["prompt_ids"] + path.ids[:last])["logits"].tolist())
+        if 8 < z < SATURATED:
+            return False
+        odds.append(z)
+    tied = [(z, path.status == "pruned") for z, path in zip(odds, paths) if z >= SATURATED]
+    pruned = [z for z, is_pruned in tied if is_pruned]
+    kept = [z for z, is_pruned in tied if not is_pruned]
+    return bool(pruned and kept and max(pruned) > min(kept))
+
+
+def shows_enough(name, paths, run, checks):
     """Whether the run's paths show what it is there for."""
+    if name == "branch ties":
+        return sum(bool(path.branches) for path in paths) == 9
+    if name == "ended in a cascade":
+        first, second = [stage[0] for stage in run["stages"]]
+        left = [path for path in paths if path.status == "pruned" and path.ids[-1] in run["eos_ids"]
+                and id(path) not in checks[0].pruned]
+        return bool([path for path in left if len(path.ids) <= first]
+                    and [path for path in left if first < len(path.ids) < second])
     checkpoint = run["stages"][-1][0]
     kept = [path for path in paths if path.status != "pruned"]
     ended = [path for path in kept if path.status == "eos" and len(path.ids) <= checkpoint]
@@ -112,13 +143,19 @@ def find_seed(model, stop, run, vocab):
             def checked(self, stage, checked, kept):
                 stayed = [path.score for path in kept]
                 left = [path.score for path in checked if path.status == "pruned"]
-                checks.append(SimpleNamespace(stayed=stayed, left=left))
+                pruned = {id(path) for path in checked if path.status == "pruned"}
+                checks.append(SimpleNamespace(stayed=stayed, left=left, pruned=pruned))
 
         with reference.without_head(stop, run.zero_head):
             paths = launch_check_resume(
                 model, stop, inputs["prompt_ids"], run.n, stages=run.stages, watcher=Recorder(),
                 **reference.settings_of(inputs))
-        if not shows_enough(run.name, paths, inputs) or not gaps_are_wide(checks, run.zero_head):
+        if not shows_enough(run.name, paths, inputs, checks):
+            continue
+        if not gaps_are_wide(checks, run.zero_head):
+            continue
+        if run.name == "saturated" and not ties_are_saturated(
+                model, stop, inputs, paths, run.stages[-1][0]):
             continue
         if not paths_are_firm(model, inputs, [path for path in paths if path.branches]):
             continue
@@ -152,7 +189,7 @@ def write_case(case, out, search):
     prefixes, labels = cases.prefixes_of(case, vocab)
     runs = []
     if "run" in case.levels:
-        for run in cases.RUNS:
+        for run in [run for run in cases.RUNS if case.name in run.cases]:
             runs.append(cases.run_inputs(run, seed_of(case, run, model, stop, search), vocab))
             print(f"{case.name}: run {run.name}: seed {runs[-1]['seed']}", flush=True)
     inputs = {
@@ -160,12 +197,14 @@ def write_case(case, out, search):
         "checkpoint": case.checkpoint,
         "stop": case.stop_name,
         "levels": list(case.levels),
+        "rope_positions": list(ROPE_POSITIONS) if "decoder" in case.levels else [],
         "prefixes": prefixes,
         "labels": labels,
-        "runs": runs}
-    expected = reference.case_rows(case, model, stop, inputs)
+        "runs": cases.with_ids(case.name, "run", runs)}
+    expected, allowed = reference.case_rows(case, model, stop, inputs)
     write_json(folder / "case.json", inputs)
     write_json(folder / "expected.json", expected)
+    write_json(folder / "allowed.json", allowed)
     write_json(folder / "stop.json", stop_in_json(stop))
 
 
@@ -185,12 +224,13 @@ def main(settings):
     for name in names if keys is None else ():
         if name == "sampler":
             inputs = cases.sampler_inputs()
-            write_model_free(name, inputs, reference.sampler_rows(inputs), out)
+            write_model_free(name, inputs, sampler_rows(inputs), out)
         elif name == "choices":
             inputs = cases.choices_inputs()
-            write_model_free(name, inputs, reference.choices_rows(inputs), out)
+            write_model_free(name, inputs, choices_rows(inputs), out)
         else:
             write_case(cases.BY_NAME[name], out, settings.search)
+    acceptable.write_all(out, [name for name in names if name in cases.BY_NAME])
     mistakes.write_all(out, names, keys)
     manifest.write(out)
     print(json.dumps({"out": str(out)}))

@@ -1,7 +1,8 @@
-"""Samplers with one known mistake each: from logits to a token, keys, numbers, ranks and votes.
+"""A plain sampler, from logits to a token, with keys, numbers, ranks and votes: the reference, and
+each known mistake.
 
-Plain numpy and Python integers, as clauses S1 to S9, R4 and R8 of oracle/README.md say, and a place
-for each mistake. Several variants may bear one title: they are one mistake to different degrees.
+numpy and Python integers, as clauses S1 to S9, R4 and R8 of oracle/README.md say, and a place for
+each mistake. Several variants may bear one title: they are one mistake to different degrees.
 """
 import math
 
@@ -26,6 +27,7 @@ SAMPLER = {
     "top-k-ignored": "top-k is ignored",
     "top-k-fewer": "top-k keeps one too few",
     "top-k-more": "top-k keeps one too many",
+    "top-k-by-logit": "top-k compares logits, not z",
     "top-k-zero": "top-k 0 keeps one token",
     "top-k-ties-cut": "ties at top-k are cut",
     "top-p-ignored": "top-p is ignored",
@@ -34,11 +36,14 @@ SAMPLER = {
     "top-p-more": "top-p keeps one too many",
     "top-p-inclusive-64": "top-p goes on where the mass before equals p",
     "top-p-inclusive": "top-p goes on where the mass before equals p",
+    "top-p-float32": "top-p's running sum is in float32",
     "top-p-ties-cut": "ties at top-p are cut",
     "ties-cut": "ties at top-k and at top-p are cut",
     "not-renormalised": "probabilities are not renormalised",
     "draw-or-equal": "a token is drawn whose cumulative probability equals the number",
     "draw-float32": "cumulative sums in float32",
+    "draw-float32-sums": "cumulative sums in float32",
+    "draw-float32-parts": "cumulative sums in float32",
     "draw-unscaled": "the number is not multiplied by the probabilities' sum",
     "draw-by-size": "tokens are drawn in the order of their probabilities",
     "draw-reversed": "tokens are drawn from the highest id down",
@@ -83,6 +88,9 @@ SAMPLER = {
     "position-32": "t is taken modulo a small number",
     "position-64": "t is taken modulo a small number",
     "position-256": "t is taken modulo a small number",
+    "position-65536": "t is cut to 16 bits",
+    "position-32768": "t is cut to 15 bits",
+    "position-4294967296": "t is cut to 32 bits",
     "number-52": "numbers have fewer than 53 bits",
     "number-32": "numbers have fewer than 53 bits",
     "number-24": "numbers have fewer than 53 bits",
@@ -101,6 +109,7 @@ CHOICES = {
     "rank-rounded-4": "paths are ranked by rounded scores",
     "rank-float16": "paths are ranked by scores in float16",
     "rank-bfloat16": "paths are ranked by scores in bfloat16",
+    "rank-float64": "paths are ranked by scores in float64",
     "rank-more": "one path too many is kept",
     "rank-fewer": "one path too few is kept",
     "rank-threshold": "paths with scores above one half are kept, whatever keep says",
@@ -109,6 +118,8 @@ CHOICES = {
     "vote-last-tie": "ties of votes go to the answer that came last",
     "vote-smallest-tie": "ties of votes go to the first answer in the alphabet",
     "vote-unweighted": "weights are ignored",
+    "vote-zero-null": "votes of no weight give no answer",
+    "vote-zero-last": "of votes without weight the last wins",
     "vote-mean": "weights are averaged, not added",
     "vote-last-spelling": "the winner is shown in its last spelling"}
 
@@ -145,7 +156,7 @@ def probabilities(logits, temperature, top_k, top_p, wrong=None):
     if wrong == "temperature-multiplied":
         divided = scaled * np.float32(temperature)
     ranked = scaled if wrong == "temperature-last" else divided
-    kept = kept_by_top_k(ranked, top_k, wrong)
+    kept = kept_by_top_k(logits if wrong == "top-k-by-logit" else ranked, top_k, wrong)
     kept = kept_by_top_p(ranked, kept, top_p, wrong)
     weights = np.exp(divided).astype(np.float64)
     total = weights.sum() if wrong == "not-renormalised" else weights[kept].sum()
@@ -183,7 +194,11 @@ def kept_by_top_p(values, kept, top_p, wrong):
         weights = np.exp(values.astype(np.float64))
     order = np.argsort(-values, kind="stable")
     order = order[kept[order]]
-    before = np.cumsum(weights[order]) - weights[order]
+    if wrong == "top-p-float32":
+        sums = np.cumsum(weights[order], dtype=np.float32)
+        before = np.concatenate(([0], sums[:-1])).astype(np.float64)
+    else:
+        before = np.cumsum(weights[order]) - weights[order]
     total = weights.sum() if wrong == "top-p-all" else weights[kept].sum()
     stays = before < top_p * total
     if wrong in ("top-p-inclusive", "top-p-inclusive-64"):
@@ -208,9 +223,17 @@ def draw(probs, number, wrong=None):
         order = np.argsort(-probs, kind="stable")
     if wrong == "draw-reversed":
         order = order[::-1]
-    dtype = np.float32 if wrong == "draw-float32" else np.float64
+    in_float32 = wrong in ("draw-float32", "draw-float32-sums", "draw-float32-parts")
+    dtype = np.float32 if in_float32 else np.float64
     cumulative = np.cumsum(probs[order].astype(dtype), dtype=dtype)
-    target = number if wrong == "draw-unscaled" else dtype(number) * cumulative[-1]
+    if wrong == "draw-float32":
+        number = np.float32(number)
+    if wrong in ("draw-float32-sums", "draw-float32-parts"):
+        total = probs.astype(np.float64).sum() if wrong == "draw-float32-parts" else cumulative[-1]
+        cumulative = cumulative.astype(np.float64)
+        target = number * float(total)
+    else:
+        target = number if wrong == "draw-unscaled" else dtype(number) * cumulative[-1]
     side = "left" if wrong == "draw-or-equal" else "right"
     place = int(np.searchsorted(cumulative, target, side=side))
     return int(order[min(place, len(probs) - 1)])
@@ -308,7 +331,7 @@ def number(key, t, wrong=None):
     """A path's number in [0, 1) for its t-th new token."""
     if wrong == "position-from-one":
         t += 1
-    if wrong in ("position-32", "position-64", "position-256"):
+    if wrong is not None and wrong.startswith("position-") and wrong[9:].isdigit():
         t %= number_in(wrong)
     if wrong == "number-unmixed":
         bits = key ^ t
@@ -344,8 +367,9 @@ def sampler_rows(inputs, wrong=None):
     for problem in inputs["distributions"]:
         probs = probabilities(problem["logits"], problem["temperature"], problem["top_k"],
                               problem["top_p"], wrong)
+        probs = probs.astype(np.float32)
         rows["probabilities"].append(probs)
-        rows["kept_sets"].append(np.flatnonzero(probs.astype(np.float32)).tolist())
+        rows["kept_sets"].append(np.flatnonzero(probs).tolist())
     for problem in inputs["draws"]:
         probs = np.asarray(problem["probabilities"], dtype=np.float32)
         rows["draws"].append([draw(probs, u, wrong) for u in problem["numbers"]])
@@ -413,9 +437,12 @@ def vote(answers, weights, wrong=None):
         if wrong == "vote-mean":
             total /= len(group["weights"])
         group["total"] = total
-        late = wrong == "vote-last-tie" and best is not None and total == best["total"]
+        ties_late = wrong == "vote-last-tie" or wrong == "vote-zero-last" and total == 0
+        late = ties_late and best is not None and total == best["total"]
         if best is None or total > best["total"] or late:
             best = group
+    if wrong == "vote-zero-null" and best["total"] == 0:
+        return None
     return best["spellings"][-1 if wrong == "vote-last-spelling" else 0]
 
 
@@ -442,6 +469,8 @@ def choices_rows(inputs, wrong=None):
     ranks = []
     for problem in inputs["ranks"]:
         scores = [float(np.float32(score)) for score in problem["scores"]]
+        if wrong == "rank-float64":
+            scores = problem["scores"]
         indices = list(range(len(scores)))
         ranks.append(kept_indices(indices, scores, problem["keep"], wrong))
     votes = []

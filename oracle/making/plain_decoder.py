@@ -1,8 +1,8 @@
-"""Implementations of the decoder and of the check with one known mistake each.
+"""A plain decoder and check for single prefixes: the reference, and each known mistake.
 
-A second, plain implementation: one masked pass over the prefix and the m [STOP] vectors, without a
-cache, as clauses D1 to C8 of oracle/README.md say, and a place for each mistake. Without one it
-computes what the rooms compute.
+One masked pass over the prefix and the m [STOP] vectors, without a cache, as clauses D1 to C9 of
+oracle/README.md say, and a place for each mistake. Without one, and in float64, it computes the
+expected numbers, so that their own rounding is no part of them.
 """
 import math
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from model import rope_frequencies
 
-LAST = 4
+LAST = 4               # hidden states are shown at the last so many positions of a prefix
+QUERIES_AT_ONCE = 512  # so that long prefixes need little memory
 
 # {key: what is wrong}, in the order of computation
 DECODER = {
@@ -59,6 +60,7 @@ DECODER = {
     "gelu": "gelu instead of silu",
     "up-plus-one": "up + 1 is taken as up",
     "clamp": "gate and up are not clamped",
+    "gate-clamped-below": "gate is clamped from below too",
     "swish-alpha": "sigmoid(gate) instead of sigmoid(1.702 gate)",
     "router-bias": "the router's bias is missing",
     "router-softmax": "softmax over all experts before the best are taken, not after",
@@ -66,14 +68,16 @@ DECODER = {
     "expert-bias": "the experts' biases are missing",
     "experts-fewer": "one expert too few a token",
     "experts-more": "one expert too many a token",
-    "final-norm": "the final norm is missing"}
+    "final-norm": "the final norm is missing",
+    "states-shifted": "states are shown before each layer, not after",
+    "states-normed": "the last layer's states are shown after the final norm"}
 
 SCORE = {
     "lora-everywhere": "LoRA is active on the prefix too",
     "lora-last-prefix": "LoRA is active on the last token of the prefix too",
     "lora-not-first": "LoRA is not active at the first [STOP] position",
     "lora-only-last": "LoRA is active at the last [STOP] position only",
-    "lora-off": "LoRA is not active at all",
+    "lora-off": "LoRA is not active at all, as PEFT's activated LoRA on input embeddings alone",
     "lora-unscaled": "LoRA's factor alpha / r is missing",
     "lora-r-over-alpha": "LoRA's factor is r / alpha",
     "lora-alpha": "LoRA's factor is alpha, not divided by r",
@@ -116,6 +120,11 @@ SCORE = {
 ROUNDED = ("bfloat16-residual", "bfloat16-cache")
 
 
+# Roundings that a right port may choose: another reading of D5
+ACCEPTABLE = {
+    "angles-float64": "RoPE's frequencies and angles in float64, not rounded to float32"}
+
+
 def bfloat16(x):
     """x rounded to bfloat16, in its own dtype."""
     return x.to(torch.bfloat16).to(x.dtype)
@@ -124,17 +133,22 @@ def bfloat16(x):
 class Port:
     """The decoder and the check for single prefixes, with one mistake, or none (None)."""
 
-    def __init__(self, model, stop, wrong=None):
+    def __init__(self, model, stop, wrong=None, dtype=torch.float32):
+        """wrong: a key of DECODER, SCORE or ACCEPTABLE. dtype: what all is computed in."""
         self.config = model.config
-        self.stop = stop
         self.wrong = wrong
-        self.weights = dict(model.named_parameters())
+        self.dtype = dtype
+        self.weights = {name: weight.detach().to(dtype) for name, weight in
+                        model.named_parameters()}
+        self.stop = stop
+        self.parts = {name: part.detach().to(dtype) for name, part in stop.weights().items()}
         self.layers = model.config.num_hidden_layers
         self.gpt_oss = model.config.model_type == "gpt_oss"
         if wrong == "bfloat16-weights":
             self.weights = {name: bfloat16(weight) for name, weight in self.weights.items()}
         if wrong in ("mxfp4-nibbles", "mxfp4-scale"):
             self._spoil_mxfp4()
+        self.chosen = []  # the experts of each layer, in the last pass
         self.frequencies, self.rope_scale = self._rope()
         self.scaling = self._lora_scaling()
 
@@ -168,12 +182,33 @@ class Port:
             frequencies, scale = rope_frequencies(config)
         finally:
             config.rope = saved
+        if self.wrong in ACCEPTABLE:
+            frequencies = self._exact_frequencies(rope)
         if self.wrong == "rope-missing":
             frequencies = frequencies * 0
         if self.wrong == "yarn-linear" and rope["rope_type"] == "yarn":
             steps = torch.arange(0, config.head_dim, 2) / config.head_dim
             frequencies = 1 / (rope["factor"] * rope["rope_theta"] ** steps)
         return frequencies, 1.0 if self.wrong == "yarn-scale" else scale
+
+    def _exact_frequencies(self, rope):
+        """RoPE's frequencies (D / 2,) in float64, by D5 and D6 once more."""
+        D = self.config.head_dim
+        theta = float(rope["rope_theta"])
+        steps = torch.arange(D // 2, dtype=torch.float64)
+        frequencies = theta ** (-2 * steps / D)
+        if rope["rope_type"] != "yarn":
+            return frequencies
+        bounds = []
+        for turns in (rope["beta_fast"], rope["beta_slow"]):
+            length = rope["original_max_position_embeddings"] / (2 * math.pi * turns)
+            bounds.append(D * math.log(length) / (2 * math.log(theta)))
+        low, high = bounds
+        if rope["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        slowed = ((steps - low) / (high - low)).clamp(0, 1)
+        return frequencies / rope["factor"] * slowed + frequencies * (1 - slowed)
 
     def _lora_scaling(self):
         alpha = self.stop.lora.alpha
@@ -208,10 +243,10 @@ class Port:
         if self.wrong == "o-bias" and last == "o_proj":
             bias = None
         y = F.linear(x, self.weights[name + ".weight"], bias)
-        pair = self.stop.lora.pairs.get(name)
-        if pair is None or active is None or self._without_lora(last):
+        down = self.parts.get(name + ".lora_A.weight")
+        if down is None or active is None or self._without_lora(last):
             return y
-        update = F.linear(F.linear(x, pair.lora_A.weight), pair.lora_B.weight)
+        update = F.linear(F.linear(x, down), self.parts[name + ".lora_B.weight"])
         return y + active[:, None] * self.scaling * update
 
     def _without_lora(self, last):
@@ -222,13 +257,20 @@ class Port:
             return last not in ("q_proj", "v_proj")
         return self.wrong == "lora-no-o" and last == "o_proj"
 
+    def turns(self, positions):
+        """cos and sin (T, 1, D / 2) of RoPE's angles, without YaRN's factor."""
+        positions = positions.float()
+        if self.wrong == "bfloat16-positions":
+            positions = bfloat16(positions)
+        angles = positions[:, None, None].to(self.frequencies.dtype) * self.frequencies
+        angles = angles.to(self.dtype)
+        return angles.cos(), angles.sin()
+
     def rotate(self, x, positions, scale):
         """RoPE: x (T, heads, D)."""
-        if self.wrong == "bfloat16-positions":
-            positions = bfloat16(positions.float())
-        angles = positions[:, None, None].float() * self.frequencies
-        cos = angles.cos() * scale
-        sin = angles.sin() * scale
+        cos, sin = self.turns(positions)
+        cos = cos * scale
+        sin = sin * scale
         if self.wrong == "rope-sign":
             sin = -sin
         if self.wrong == "rope-pairs":
@@ -269,10 +311,16 @@ class Port:
             scale = 1.0
         if self.wrong == "scale-hidden":
             scale = config.hidden_size ** -0.5
-        scores = torch.einsum("thd,shd->hts", q, k[:, source]) * scale
-        scores = scores.masked_fill(~places.seen(i), -math.inf)
-        out = torch.einsum("hts,shd->thd", self._softmax(scores, name, scale), v[:, source])
-        return self.linear(out.flatten(1), f"{name}.o_proj", active)
+        k = k[:, source]
+        v = v[:, source]
+        parts = []
+        for start in range(0, T, QUERIES_AT_ONCE):
+            some = slice(start, start + QUERIES_AT_ONCE)
+            scores = torch.einsum("thd,shd->hts", q[some], k) * scale
+            scores = scores.masked_fill(~places.seen(i, some), -math.inf)
+            weights = self._softmax(scores, name, scale)
+            parts.append(torch.einsum("hts,shd->thd", weights, v))
+        return self.linear(torch.cat(parts).flatten(1), f"{name}.o_proj", active)
 
     def _softmax(self, scores, name, scale):
         sinks = self.weights.get(name + ".sinks")
@@ -305,6 +353,7 @@ class Port:
         logits = F.linear(x, self.weights[f"{name}.router.weight"],
                           None if self.wrong == "router-bias" else bias)
         top, chosen = logits.topk(per_token, -1)
+        self.chosen.append(chosen.sort(-1).values)
         shares = top.softmax(-1)
         if self.wrong == "router-softmax":
             shares = logits.softmax(-1).gather(-1, chosen)
@@ -330,7 +379,8 @@ class Port:
         if self.wrong == "gate-up-swapped":
             gate, up = up, gate
         if self.wrong != "clamp":
-            gate = gate.clamp(max=config.swiglu_limit)
+            low = -config.swiglu_limit if self.wrong == "gate-clamped-below" else -math.inf
+            gate = gate.clamp(low, config.swiglu_limit)
             up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
         alpha = 1.0 if self.wrong == "swish-alpha" else config.swiglu_alpha
         if self.wrong == "gelu":
@@ -342,7 +392,7 @@ class Port:
 
     def stop_vectors(self):
         """The [STOP] vectors (m, hidden) that are fed."""
-        vectors = self.stop.tokens.expand(self.stop.m, -1)
+        vectors = self.parts["tokens"].expand(self.stop.m, -1)
         if self.wrong == "tokens-reversed":
             return vectors.flip(0)
         if self.wrong == "tokens-first":
@@ -375,6 +425,7 @@ class Port:
         states = []
         for i in range(self.layers):
             name = f"model.layers.{i}"
+            before = x
             x = x + self.attention(self.norm(x, f"{name}.input_layernorm"), i, places, active)
             normed = x
             if self.wrong != "post-norm-missing":
@@ -382,14 +433,30 @@ class Port:
             x = x + self.feed_forward(normed, i, active)
             if self.wrong == "bfloat16-residual":
                 x = bfloat16(x)
-            states.append(x)
-        return states, x if self.wrong == "final-norm" else self.norm(x, "model.norm")
+            states.append(before if self.wrong == "states-shifted" else x)
+        hidden = x if self.wrong == "final-norm" else self.norm(x, "model.norm")
+        if self.wrong == "states-normed":
+            states[-1] = hidden
+        return states, hidden
+
+    def rope_table(self, position):
+        """(2, D / 2): cos and sin of a position's angles, with YaRN's factor."""
+        cos, sin = self.turns(torch.tensor([position]))
+        sin = -sin if self.wrong == "rope-sign" else sin
+        return torch.cat((cos[0], sin[0])) * self.rope_scale
 
     def decoder_entry(self, ids):
         """{row: value} of the decoder's level for one prefix."""
-        _, hidden = self.states(ids, None)
+        self.chosen = []
+        states, hidden = self.states(ids, None)
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
-        return {"hidden": hidden[-LAST:], "next_logits": F.linear(hidden[-1], head)}
+        entry = {
+            "layers": torch.stack([state[-LAST:] for state in states]),
+            "hidden": hidden[-LAST:],
+            "next_logits": F.linear(hidden[-1], head)}
+        if self.chosen:
+            entry["experts"] = [experts[-LAST:].tolist() for experts in self.chosen]
+        return entry
 
     def score_entry(self, ids):
         """{row: value} of the level `score` for a prefix; None where the mistake leaves nothing."""
@@ -417,8 +484,8 @@ class Port:
             read = before_norm[-1]
         elif self.wrong == "read-norm-twice":
             read = self.norm(read, "model.norm")
-        bias = None if self.wrong == "head-no-bias" else self.stop.head.bias
-        logits = F.linear(read, self.stop.head.weight, bias)
+        bias = None if self.wrong == "head-no-bias" else self.parts["head.bias"]
+        logits = F.linear(read, self.parts["head.weight"], bias)
         return bfloat16(logits) if self.wrong == "head-bfloat16" else logits
 
     def chance(self, logits):
@@ -473,7 +540,7 @@ class Places:
             active = self.slots > self.prefix
         elif self.wrong == "lora-only-last":
             active = self.slots == len(self.slots) - 1
-        return active.float()
+        return active.to(self.port.dtype)
 
     def window(self, layer):
         """How many keys the layer's queries see, or None."""
@@ -492,18 +559,19 @@ class Places:
             return None
         return window + {"window-wide": 1, "window-narrow": -1}.get(self.wrong, 0)
 
-    def seen(self, layer):
-        """(T, T) bool: whether a query sees a key."""
+    def seen(self, layer, some):
+        """(queries, T) bool: whether the queries of a slice see a key."""
         window = self.window(layer)
-        if window not in self.masks:
-            self.masks[window] = self._seen(window)
-        return self.masks[window]
+        if (window, some.start) not in self.masks:
+            self.masks[window, some.start] = self._seen(window, some)
+        return self.masks[window, some.start]
 
-    def _seen(self, window):
-        queries = self.slots[:, None]
+    def _seen(self, window, some):
+        queries = self.slots[some, None]
         keys = self.slots[None]
         before = keys <= queries
-        stop_pairs = self.stops[:, None] & self.stops[None]
+        stop_queries = self.stops[some, None]
+        stop_pairs = stop_queries & self.stops[None]
         if self.wrong == "not-causal":
             before = before | ~self.stops[None]
         if self.wrong == "tokens-see-all":
@@ -516,8 +584,8 @@ class Places:
             return before
         places = queries
         if self.wrong in ("position-high-window", "position-low-window"):
-            places = self.positions[:, None]
+            places = self.positions[some, None]
         near = keys > places - window
         if self.wrong == "check-window":
-            near = near | self.stops[:, None]
+            near = near | stop_queries
         return before & near

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from model import Positions
+from plain_decoder import Port
 from reference import numbers_of, without_head
+from rounding import log_odds, sigmoid
 from sample import draw, path_key, probabilities
-from wrong_sampler import kept_indices, mix
+from plain_sampler import kept_indices, mix
 
 # In the paths themselves
 PATHS = {
@@ -44,6 +46,9 @@ CHECK = {
     "cascade-last": "a cascade makes its last check only",
     "cascade-old-scores": "later checks of a cascade rank by the first check's scores",
     "cascade-stale": "a path that ends between two checks keeps the score of its shorter prefix",
+    "cascade-ended-exempt": "a path that has ended and was kept once is not checked again",
+    "run-logits": "paths are ranked by logits, or by scores in float64, not by scores in float32",
+    "run-float64": "paths are ranked by logits, or by scores in float64, not by scores in float32",
     "cascade-from-all": "later checks of a cascade choose among the pruned paths too",
     "paths-without-scores": "paths bear the score of the lowest index for all"}
 
@@ -70,7 +75,13 @@ BRANCHES = {
     "branch-from-one": "branches are numbered from 1",
     "branch-restarted": "the noise counter restarts at 0 where a path branches",
     "branch-ended": "paths that have ended branch too",
+    "branch-ties-new": "of equal scores the paths that branched first stay, whatever their index",
+    "branch-ties-later": "of equal scores the later branch stays",
     "branch-whole": "a branch shows the tokens behind its branching only"}
+
+
+# Runs on which mistakes in the paths and behind the check are not tried: they take time
+NOT_TRIED = ("branch ties", "ended in a cascade", "saturated")
 
 
 class Rows:
@@ -87,6 +98,11 @@ class Rows:
         if key not in self.scores:
             self.scores[key] = self.stop.score(self.model, [ids]).item()
         return self.scores[key]
+
+    def log_odds(self, ids):
+        """The number whose sigmoid is the score, in float64."""
+        logits = Port(self.model, self.stop, None, torch.float64).score_entry(ids)["logits"]
+        return log_odds(logits.tolist())
 
     def logits(self, x, positions, seen, active=None):
         """Next-token logits (V,) at the last of the inputs x (T, hidden), where seen(window) is
@@ -276,6 +292,16 @@ def checked_run(rows, run, whole, wrong=None):
                 scores[index] = prefix_score(rows, run, path, checkpoint, wrong)
             first_scores.setdefault(index, scores[index])
         ranked = first_scores if wrong == "cascade-old-scores" else scores
+        if wrong in ("run-logits", "run-float64"):
+            ranked = dict(scores)
+            for index in alive:
+                ids = run["prompt_ids"] + whole[index]["ids"][:checkpoint]
+                ranked[index] = 0.0 if run["zero_head"] else rows.log_odds(ids)
+                if wrong == "run-float64":
+                    ranked[index] = sigmoid(ranked[index])
+        if wrong == "cascade-ended-exempt" and cut:
+            ranked = {index: score + 2 * has_ended(whole[index], checkpoint)
+                      for index, score in ranked.items()}
         kept = keep_some(candidates, ranked, keep, whole, checkpoint, wrong)
         for index in alive:
             if index not in kept:
@@ -286,6 +312,11 @@ def checked_run(rows, run, whole, wrong=None):
     if wrong == "paths-without-scores":
         scores = dict.fromkeys(scores, scores[0])
     return described_run(rows, run, whole, alive, scores, cut, wrong)
+
+
+def has_ended(path, checkpoint):
+    """Whether a path has ended when it comes to a check."""
+    return path["status"] == "eos" and len(path["ids"]) <= checkpoint
 
 
 def keep_some(candidates, scores, keep, whole, checkpoint, wrong):
@@ -372,16 +403,24 @@ def branching_run(rows, run, wrong):
         paths.append({"index": index, "branches": [], "ids": [], "status": "running", "score": 0.0,
                       "key": key, "restart": 0, "inherited": 0})
     alive = list(paths)
-    for checkpoint, keep, copies in run["stages"]:
+    for stage in run["stages"]:
+        checkpoint, keep, copies = (*stage, 1)[:3]
         for path in alive:
             decode_to(rows, run, path, checkpoint, wrong)
             path["score"] = rows.score(run["prompt_ids"] + path["ids"])
-        alive.sort(key=place_in_ranking)
+        place = place_in_ranking
+        if wrong == "branch-ties-later":
+            place = later_branches_first
+        if wrong == "branch-ties-new":
+            place = by_score_alone
+        alive.sort(key=place)
         for path in alive[keep:]:
             path["status"] = "pruned"
         kept = alive[:keep]
         alive = list(kept)
         for path in kept:
+            if copies == 1:
+                continue
             if path["status"] == "running" or wrong == "branch-ended" and path["status"] == "eos":
                 new = branched(path, checkpoint, copies, wrong)
                 alive += new
@@ -398,6 +437,16 @@ def branching_run(rows, run, wrong):
 def place_in_ranking(path):
     """Sorts the paths of a branching run: the best first."""
     return -path["score"], path["index"], path["branches"]
+
+
+def later_branches_first(path):
+    """The same, with the later of two branches first."""
+    return -path["score"], path["index"], [-branch for branch in path["branches"]]
+
+
+def by_score_alone(path):
+    """The same, with ties left in the order in which the paths came to be."""
+    return -path["score"]
 
 
 def branched(path, length, copies, wrong):
@@ -433,6 +482,10 @@ def wrong_run_rows(model, stop, runs, expected, wrong):
     found = {"uninterrupted": [], "paths": [], "kept": []}
     for number, run in enumerate(runs):
         whole = expected["uninterrupted"][number]
+        if wrong in (PATHS | RESUME) and run["name"] in NOT_TRIED:
+            for entries in found.values():
+                entries.append(None)
+            continue
         if wrong in PATHS:
             found["uninterrupted"].append(wrong_paths(rows, run, whole, wrong))
             found["paths"].append(None)
@@ -441,7 +494,8 @@ def wrong_run_rows(model, stop, runs, expected, wrong):
         found["uninterrupted"].append(whole)
         branching = len(run["stages"][0]) == 3
         if branching and (wrong in BRANCHES or wrong is None):
-            result = branching_run(rows, run, wrong)
+            with without_head(stop, run["zero_head"]):
+                result = branching_run(rows, run, wrong)
             found["paths"].append(result["paths"])
             found["kept"].append(result["kept"])
             continue

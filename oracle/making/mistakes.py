@@ -8,17 +8,21 @@ import numpy as np
 import torch
 
 import cases
-from compare import CHAINS, FLOATS, allowed_difference, as_numbers, compare_paths, entries_of
-from compare import PASS, PATH_ROWS, name_of
-from vector_files import write_json
+from compare import (
+    CHAINS, LEVELS, NUMBER_ROWS, PASS, PATH_ROWS, allowed_of, as_numbers, compare_paths, entries_of,
+    name_of)
+from clauses import clauses_of_mistake
+from plain_decoder import DECODER, ROUNDED, SCORE, Port
 from plumbing.records import read_json
-from wrong_decoder import DECODER, ROUNDED, SCORE, Port
+from vector_files import write_json
 from wrong_run import BRANCHES, CHECK, PATHS, RESUME, wrong_run_rows
-from wrong_sampler import CHOICES, SAMPLER, choices_rows, sampler_rows
+from plain_sampler import CHOICES, SAMPLER, choices_rows, sampler_rows
 from wrong_training import TRAINING, training_rows
 
 TITLES = DECODER | SCORE | TRAINING | PATHS | CHECK | RESUME | BRANCHES | SAMPLER | CHOICES
-LONGEST = 300        # longer prefixes are not tried with mistakes
+LONGEST = 70         # longer prefixes are not tried with mistakes,
+FAR = ("bfloat16-positions", "ring-64", "positions-capped", "yarn-length", "yarn-truncate")
+FAR_LONGEST = 300    # but with those that show far behind
 SHOWS = 2            # a mistake counts where it moves a number by so many times what is allowed
 LARGEST = 10         # places shown of an entry: where it changes most,
 SPREAD = 6           # and some at equal distances
@@ -31,14 +35,15 @@ def chosen_places(change):
     return sorted({int(place) for place in (*largest, *spread)})
 
 
-def numbers_entry(row, expected, wrong):
+def numbers_entry(expected, wrong, allowed):
     """(the published entry or None where it is right, its change in units of what is allowed)."""
-    expected = as_numbers(expected)
+    shape, right = as_numbers(expected)
+    right = np.array(right)
     wrong = np.asarray(torch.as_tensor(wrong).float()).astype(np.float64)
-    if wrong.shape != expected.shape:
+    if wrong.shape != shape:
         return {"shape": list(wrong.shape)}, SHOWS + 1
-    change = np.abs(wrong - expected).reshape(-1)
-    units = float(change.max()) / allowed_difference(row, expected)
+    change = np.abs(wrong.reshape(-1) - right)
+    units = float(change.max()) / allowed
     if units <= 0.5:
         return None, units
     at = chosen_places(change)
@@ -46,14 +51,14 @@ def numbers_entry(row, expected, wrong):
     return {"at": at, "values": values}, units
 
 
-def paths_entry(expected, wrong):
+def paths_entry(expected, wrong, allowed):
     """The paths that a mistake changes, and the names of those that are gone."""
     right = {name_of(path): path for path in expected}
     changed = []
     for path in wrong:
         name = name_of(path)
         plain = path | {"score": float(path["score"])} if "score" in path else path
-        if name not in right or compare_paths([right[name]], [plain]).state != PASS:
+        if name not in right or compare_paths([right[name]], [plain], allowed).state != PASS:
             changed.append(path)
     gone = sorted(right.keys() - {name_of(path) for path in wrong})
     if not changed and not gone:
@@ -62,16 +67,18 @@ def paths_entry(expected, wrong):
     return (entry | {"gone": gone} if gone else entry), SHOWS + 1
 
 
-def exact_entry(row, expected, wrong):
-    """The same as `numbers_entry` for what must be equal."""
+def entry_of(row, expected, wrong, allowed):
+    """(the published entry or None, its change in units of what is allowed), for any row."""
+    if row in NUMBER_ROWS:
+        return numbers_entry(expected, wrong, allowed)
     if row in PATH_ROWS:
-        return paths_entry(expected, wrong)
+        return paths_entry(expected, wrong, allowed)
     if wrong == expected:
         return None, 0.0
     return {"value": wrong}, SHOWS + 1
 
 
-def wrong_rows(expected_rows, found_rows):
+def wrong_rows(expected_rows, found_rows, allowed):
     """({row: {"entries", "unknown"}}, the largest change) of what a mistake gives in a case."""
     rows = {}
     largest = 0.0
@@ -81,11 +88,11 @@ def wrong_rows(expected_rows, found_rows):
         entries = {}
         unknown = []
         for label, right in expected.items():
-            if wrong.get(label) is None and right is not None:
+            if wrong.get(label) is None and right is not None and row != "votes":
                 unknown.append(label)
                 continue
-            make = numbers_entry if row in FLOATS else exact_entry
-            entry, units = make(row, right, wrong[label])
+            limit = allowed_of(row, label, allowed)
+            entry, units = entry_of(row, right, wrong[label], limit)
             largest = max(largest, units)
             if entry is not None:
                 entries[label] = entry
@@ -99,18 +106,21 @@ def wrong_rows(expected_rows, found_rows):
 def port_rows(case, model, stop, inputs, wrong):
     """The decoder's and the score's rows of a wrong Port."""
     port = Port(model, stop, wrong)
-    rows = {row: [] for row in CHAINS["model"] if row not in ("loss", "grad")}
+    rows = {row: [] for row in CHAINS["model"] if row not in ("rope", "loss", "grad")}
     for prefix in inputs["prefixes"]:
         entry = {}
-        if len(prefix["ids"]) <= LONGEST:
+        if len(prefix["ids"]) <= (FAR_LONGEST if wrong in FAR else LONGEST):
             with torch.inference_mode():
                 entry = port.decoder_entry(prefix["ids"]) | (port.score_entry(prefix["ids"]) or {})
         for row, entries in rows.items():
             entries.append(entry.get(row))
     if "decoder" not in case.levels:
-        rows.pop("hidden")
-        rows.pop("next_logits")
-    return rows
+        for row in LEVELS["decoder"]:
+            rows.pop(row, None)
+        return rows
+    if not port.gpt_oss:
+        rows.pop("experts")
+    return {"rope": [port.rope_table(place) for place in inputs["rope_positions"]]} | rows
 
 
 class Writer:
@@ -121,20 +131,24 @@ class Writer:
         self.folder = out / "mistakes"
         self.keys = keys
         self.mistakes = {}
+        self.largest = {}
         for file in sorted(self.folder.glob("*.json")):
             mistake = read_json(file)
             key = mistake["key"]
             kept = mistake["cases"]
             if key in keys:
                 kept = {name: rows for name, rows in kept.items() if name not in renewed}
-            if kept and key in TITLES:
+            if key in TITLES:
+                if kept:
+                    self.largest[key] = SHOWS + 1
                 self.mistakes[key] = mistake | {"cases": kept, "what": TITLES[key]}
             file.unlink()
 
-    def add(self, key, chain, case, expected, found, unknown_rows=()):
+    def add(self, key, chain, case, expected, found, allowed, unknown_rows=()):
         """What the mistake `key` gives in a case."""
-        rows, largest = wrong_rows(expected, found)
-        if largest <= SHOWS:
+        rows, largest = wrong_rows(expected, found, allowed)
+        self.largest[key] = max(self.largest.get(key, 0.0), largest)
+        if not rows:
             return
         mistake = self.mistakes.setdefault(key, {
             "key": key,
@@ -151,26 +165,33 @@ class Writer:
 
     def write(self):
         for key, mistake in self.mistakes.items():
-            write_json(self.folder / f"{key}.json", mistake)
+            clauses = clauses_of_mistake(key, mistake["chain"])
+            shows = self.largest.get(key, SHOWS + 1) > SHOWS  # in one case, and then all are listed
+            if shows and mistake["cases"]:
+                write_json(self.folder / f"{key}.json", mistake | {"clauses": clauses})
+            else:
+                print(f"{key}: shows nowhere", flush=True)
 
 
 def add_model_case(writer, case, out):
     """Try every mistake on a case with a model."""
     inputs = read_json(out / case.name / "case.json")
     expected = read_json(out / case.name / "expected.json")
+    allowed = read_json(out / case.name / "allowed.json")
     model = case.model()
     stop = case.stop(model, out)
     for key in writer.wanted(DECODER | SCORE):
         found = port_rows(case, model, stop, inputs, key)
-        writer.add(key, "model", case.name, expected, found, ("loss", "grad"))
+        writer.add(key, "model", case.name, expected, found, allowed,
+                   ("loss", "grad"))
     prefixes = [prefix["ids"] for prefix in inputs["prefixes"]]
     for key in writer.wanted(TRAINING):
         found = training_rows(model, stop, prefixes, inputs["labels"], key)
-        writer.add(key, "model", case.name, expected, found)
+        writer.add(key, "model", case.name, expected, found, allowed)
     if inputs["runs"]:
         for key in writer.wanted(PATHS | CHECK | RESUME | BRANCHES):
             found = wrong_run_rows(model, stop, inputs["runs"], expected, key)
-            writer.add(key, "run", case.name, expected, found)
+            writer.add(key, "run", case.name, expected, found, allowed)
 
 
 def write_all(out, names, keys=None):
@@ -185,10 +206,10 @@ def write_all(out, names, keys=None):
             expected = read_json(out / name / "expected.json")
             if name == "sampler":
                 for key in writer.wanted(SAMPLER):
-                    writer.add(key, "sampler", name, expected, sampler_rows(inputs, key))
+                    writer.add(key, "sampler", name, expected, sampler_rows(inputs, key), {})
             else:
                 for key in writer.wanted(CHOICES):
                     chain = "ranks" if key.startswith("rank-") else "votes"
-                    writer.add(key, chain, name, expected, choices_rows(inputs, key))
+                    writer.add(key, chain, name, expected, choices_rows(inputs, key), {})
         print(f"{name}: {len(writer.mistakes)} mistakes", flush=True)
     writer.write()
