@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LEVELS = ("decoder", "score", "training", "sampler", "run")
 TEXT = """# Implementations
 
-Who passes what of the vectors in `oracle/`, version {version}, as `python oracle/certify.py` says it:
+Who passes what of the vectors in `oracle/`, version {version}, as `python oracle/certify.py` says:
 made by `python oracle/making/implementations.py` from the reports in `oracle/reports`. Send yours
 with `--name TEXT --json FILE`: it holds the version, the digests of what was handed in, and every
 row.
