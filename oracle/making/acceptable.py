@@ -51,5 +51,3 @@ def write_all(out, names):
                 about[name] = found
         if about:
             write_json(file, {"key": key, "what": what, "cases": about})
-
-
