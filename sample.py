@@ -106,7 +106,8 @@ def k_largest(logits, k):
 
 
 def distribution(logits, sampling, k_largest=k_largest):
-    """`probabilities` for a Sampling, whose settings have been validated."""
+    """`probabilities` for a Sampling, whose settings have been validated. k_largest: how they are
+    found (engine/draw.py has a faster way for small vocabularies)."""
     logits = logits.float()
     if sampling.temperature < 1e-30:  # so small a number would divide to nan
         best = logits.argmax(-1, keepdim=True)
@@ -229,6 +230,7 @@ class Batch:
         rows = len(self.live)
         device = self.model.device
         prompt = self.live[0].prompt_ids
+        assert all(path.prompt_ids == prompt for path in self.live)
         read, _ = prefill(self.model, [prompt])
         read.set_lengths([len(prompt) - 1])  # its last token is put in place by the first step
         self.cache = self.model.new_cache(rows, capacity)
@@ -301,6 +303,7 @@ class Batch:
             self._take(path, token)
 
     def _take(self, path, token):
+        """A path's next token is this one."""
         path.ids.append(token)
         if token in self.eos_ids:
             path.status = "eos"

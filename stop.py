@@ -207,8 +207,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stag
     prefix: the checkpoint, in new tokens; None: what STOP was trained for. stages: [(checkpoint,
     keep), ...] or [(checkpoint, keep, branch), ...] instead of the two: with branch = b each kept
     path that still runs goes on as b paths. max_new_tokens: None: as `Stop.limit` says. sampling:
-    temperature, top_k, top_p, seed, as in `generate`. batch: what decodes (engine/launch.py has a
-    faster one).
+    temperature, top_k, top_p, seed, as in `generate`. watcher: what is told of the run. batch: what
+    decodes (engine/launch.py has a faster one).
 
     A path that ends before a checkpoint is scored whole and competes: exactly `keep` paths vote. It
     is never revived, nor branched. Ties go to the lower index; with keep = n the paths are those of

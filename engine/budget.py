@@ -1,6 +1,6 @@
 """What a budget of tokens buys: the paper's guideline, a plan run for real, and the same plan
 replayed on stored paths, which gives the paths of `stop.launch_check_resume`: eval.py --verify
-compares them."""
+compares them, and test_eval_runs_a_plan (tests/studies/test_budget.py)."""
 import dataclasses
 import math
 

@@ -1,6 +1,6 @@
 """`train.fit` that goes on where it was killed, keeps the prefixes' caches between epochs, and is
-shared by the processes of a run. tests/engine/test_fit.py and test_9_the_engine_equals_the_story
-(tests/test_invariants.py) compare them.
+shared by the processes of a run. test_9_labels_and_fit (tests/test_invariants.py) compares them;
+tests/story/test_train.py kills it.
 """
 import dataclasses
 import functools

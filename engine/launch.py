@@ -1,5 +1,5 @@
 """`stop.launch_check_resume` on the fast batch, where its rows fit the memory.
-test_9_the_engine_equals_the_story (tests/test_invariants.py) compares them.
+test_9_launch_check_resume (tests/test_invariants.py) compares them.
 """
 import stop as story
 from engine.refill import Batch

@@ -1,6 +1,6 @@
 """`eval.protocol` on stored paths, shared by the processes of a run, with a plan for a budget as a
 row of its own, what --verify asks for, and the report as a file.
-test_9_the_engine_equals_the_story (tests/test_invariants.py) compares them.
+test_9_protocol (tests/test_invariants.py) compares them.
 """
 import dataclasses
 import json

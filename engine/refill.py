@@ -1,6 +1,6 @@
 """`sample.Batch` and `sample.generate` for more paths than fit the memory at once, of many prompts:
-a row whose path has ended takes the next path. tests/engine/test_refill.py and
-test_9_the_engine_equals_the_story (tests/test_invariants.py) compare them.
+a row whose path has ended takes the next path. tests/engine/test_refill.py and test_9_generate
+(tests/test_invariants.py) compare them.
 """
 import collections
 

@@ -1,6 +1,6 @@
 """`sample.sample_paths` and `train.make_labels` as jobs: a record as soon as it is made, taken up
 where a run stopped, shared by the processes of a run. tests/engine/test_stored.py and
-test_9_the_engine_equals_the_story (tests/test_invariants.py) compare them.
+test_9_labels_and_fit (tests/test_invariants.py) compare them.
 
 A file of paths is named by all that shapes them, the weights included.
 """

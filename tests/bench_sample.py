@@ -252,7 +252,7 @@ def run_ours(model, early=0, leave=True):
         run.decode += seconds
         run.capture += capture
         if until < NEW and leave:
-            batch.prune(paths[:early], "eos")
+            batch.prune(paths[:early])
     decoded = sum(len(path.ids) for path in paths)
     assert decoded == (run.tokens if leave else ROWS * NEW)
     return run
