@@ -53,10 +53,10 @@ def all_scores(model, tokenizer, stop, problems, records, prefix, judge=None, wi
         window = max(1, prefix // 8)
     read = read or read_prefixes
     confidences, checked = read(model, stop, records, prefix, window)
-    chances = np.exp(confidences[CONFIDENCES[0]])  # of a token, geometric mean
+    token_chances = np.exp(confidences[CONFIDENCES[0]])  # geometric mean of a prefix's tokens
     scores = {
         JACCARD: redundancy(records, prefix),
-        COVER: token_set_cover(records, prefix, chances)}
+        COVER: token_set_cover(records, prefix, token_chances)}
     if judge is not None:
         scores[JUDGE] = judge_scores(*judge, tokenizer, problems, records, prefix, aggregate)
     scores |= confidences
@@ -106,9 +106,9 @@ def tokens_spent(lengths, kept, prefix, reread):
     return spent
 
 
-def metrics(scores, right, chances):
+def metrics(scores, right, are_chances):
     """How well scores (problems, n) tell right paths from wrong ones, over all problems and within
-    each. chances: whether the scores claim to be the chance of being right."""
+    each. are_chances: whether the scores claim to be the chance of being right."""
     groups = np.repeat(np.arange(len(scores)), scores.shape[1])
     scores = scores.ravel()
     right = right.ravel()
@@ -116,11 +116,11 @@ def metrics(scores, right, chances):
         "auroc": auroc(scores, right),
         "spearman": spearman(scores, right),
         "pairwise": pairwise_accuracy(scores, right, groups),
-        "calibration": calibration_error(scores, right) if chances else math.nan,
+        "calibration": calibration_error(scores, right) if are_chances else math.nan,
     }
 
 
-def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
+def worth(problems, records, scores, prefix, keep, reread=False, are_chances=False):
     """A row of the report: what the best `keep` paths by scores (problems, n) are worth."""
     right = np.array([record["right"] for record in records], float)  # (problems, n)
     lengths = np.array([list(map(len, record["paths"])) for record in records])
@@ -139,7 +139,7 @@ def worth(problems, records, scores, prefix, keep, reread=False, chances=False):
     row["saved"] = 1 - spent / lengths.sum()
     row["per_problem"] = values
     row["kept"] = kept
-    return row | metrics(scores, right, chances)
+    return row | metrics(scores, right, are_chances)
 
 
 def evaluate(problems, records, scorers, prefix, keep):
@@ -152,9 +152,9 @@ def evaluate(problems, records, scorers, prefix, keep):
         require_numbers(name, scores, records)
         signal = Signal.of(name)
         rereads = signal.type == "II"           # a second model reads the prefixes again
-        chances = signal.type in ("II", "IV")  # trained to be the chance of being right
+        are_chances = signal.type in ("II", "IV")  # trained to be the chance of being right
         grid = np.reshape(scores, shape)
-        rows[signal] = worth(problems, records, grid, prefix, keep, rereads, chances)
+        rows[signal] = worth(problems, records, grid, prefix, keep, rereads, are_chances)
     if STOP in rows:
         for row in rows.values():
             ahead = rows[STOP]["per_problem"]["avg"] - row["per_problem"]["avg"]
@@ -185,7 +185,7 @@ def require_numbers(name, scores, records):
 LEGEND = """\
 avg      share of the kept paths that are right; [low, high] 95% over problems
 behind   STOP's avg minus this one, paired
-vote     the kept paths' vote is right, weighted by the scores where these are chances
+vote     the kept paths' vote is right, weighted by the scores where none is negative
 tokens   decoded a problem; saved: of those of all whole paths
 auroc    how often a right path scores above a wrong one; within: of the same problem"""
 
@@ -196,7 +196,7 @@ def table(report):
     head = line_of("", "", "avg", "behind", "vote", "tokens", "saved", "auroc", "within")
     lines = [title, "", head]
     for signal, row in report["rows"].items():
-        vote_of = row.get("weighted", row["cons"]) if signal.type in ("II", "IV") else row["cons"]
+        vote_of = row.get("weighted", row["cons"])
         lines += named(signal.scorer, line_of(
             signal.scorer, signal.type, cell(row["avg"]), cell(row.get("stop_minus")),
             f"{vote_of.mean:.3f}", f"{row['tokens']:,.0f}", f"{row['saved']:.0%}",

@@ -138,7 +138,7 @@ def _put(buffer, index, new):
     """Write positions `new` (B, K, T, D) at `index` of a buffer -> the buffer that holds them."""
     positions = buffer.view(-1, buffer.shape[-1])
     new = new.reshape(-1, buffer.shape[-1])
-    if new.requires_grad:  # training [STOP]: gradients flow through a copy, the cache stays
+    if new.requires_grad:  # training [STOP]: gradients flow through a copy of the whole buffer
         return positions.index_copy(0, index, new).view_as(buffer)
     positions.index_copy_(0, index, new)
     return buffer

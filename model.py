@@ -124,7 +124,8 @@ class Attend:
             self.masks[window] = visibility(positions, 0, span, window)
 
     def __call__(self, q, k, v, window, sinks=None):
-        """q (B, T, H, D), k and v (B or more, K, slots, D) -> (B, T, H * D)."""
+        """q (B, T, H, D), k and v (B or more, K, slots, D) -> (B, T, H * D). (Where rows have left
+        a cache, its buffers still hold them, behind the B.)"""
         mask = self.masks[window]
         B, _, span = mask.shape
         return attend(q, k[:B, :, :span], v[:B, :, :span], mask, sinks)
@@ -352,8 +353,8 @@ class Decoder(nn.Module):
         return hidden
 
     def run(self, ids, cache=None, span=None, adapter=None):
-        """`forward` without advancing the cache: what Check runs, and what a CUDA graph captures,
-        for which the slots 0..span-1 are read whatever the rows' lengths."""
+        """`forward` without advancing the cache: what Check runs. span: for CUDA graphs alone; they
+        read the slots 0..span-1 whatever the rows' lengths (engine/cuda_graph.py)."""
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device).expand(B, T)

@@ -4,7 +4,8 @@
 
 A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): neither another
 row of the batch, nor the number of rows, nor who was pruned has a part in it. So a batch that works
-in another order gives the same tokens: engine/refill.py is the one that the scripts run.
+in another order draws the same tokens (up to the logits' last bits, which differ with its shape):
+engine/refill.py is the one that the scripts run.
 
 Letters: B rows, V vocabulary.
 """
@@ -100,14 +101,14 @@ def probabilities(logits, temperature=0.6, top_k=40, top_p=0.95):
     return distribution(logits, Sampling(temperature, top_k, top_p))
 
 
-def k_largest(logits, k):
+def largest_of(logits, k):
     """The k largest of logits (..., V), in falling order."""
     return logits.topk(k).values
 
 
-def distribution(logits, sampling, k_largest=k_largest):
-    """`probabilities` for a Sampling, whose settings have been validated. k_largest: how they are
-    found (engine/draw.py has a faster way for small vocabularies)."""
+def distribution(logits, sampling, k_largest=largest_of):
+    """`probabilities` for a Sampling, whose settings have been validated. k_largest: what finds
+    them (engine/draw.py has a faster way for small vocabularies)."""
     logits = logits.float()
     if sampling.temperature < 1e-30:  # so small a number would divide to nan
         best = logits.argmax(-1, keepdim=True)
@@ -118,8 +119,8 @@ def distribution(logits, sampling, k_largest=k_largest):
     if k == V and sampling.top_p == 1:
         return logits.softmax(-1)
 
-    # Totals in float64: rounded to float32 they do not depend on the zeros between, so that fewer
-    # logits, of the likeliest tokens only, give the same numbers.
+    # Totals in float64: rounded to float32 they do not depend on the zeros between, so that
+    # engine/draw.py gets the same numbers from the likeliest tokens' logits alone.
     largest = k_largest(logits, k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if sampling.top_p < 1:
@@ -232,7 +233,9 @@ class Batch:
         prompt = self.live[0].prompt_ids
         assert all(path.prompt_ids == prompt for path in self.live)
         read, _ = prefill(self.model, [prompt])
-        read.set_lengths([len(prompt) - 1])  # its last token is put in place by the first step
+        # Its last token is decoded as a path's newest token is: each step begins with a token that
+        # is not yet in the cache, the first one too.
+        read.set_lengths([len(prompt) - 1])
         self.cache = self.model.new_cache(rows, capacity)
         self.cache.copy_rows(list(range(rows)), read, [0] * rows)
         keys = [path_key(self.sampling.seed, prompt, path.index) for path in self.live]
@@ -295,7 +298,7 @@ class Batch:
         self.hidden = None
         self.drawn += 1
         self.decoded += len(self.live)
-        return tokens.tolist()  # the step's one wait for the device
+        return tokens.tolist()  # waits for the device
 
     def _append(self, tokens):
         """Each path takes its token, and ends if it is an end token or the last one allowed."""

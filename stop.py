@@ -199,20 +199,20 @@ class Watcher:
 
 @torch.inference_mode()
 def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stages=None,
-                        max_new_tokens=None, eos_ids=None, watcher=Watcher(), batch=Batch,
+                        max_new_tokens=None, eos_ids=None, watcher=Watcher(), new_batch=Batch,
                         **sampling):
-    """n paths of a prompt, of which `keep` are finished: a list of Path, pruned ones included; path
-    i is the i-th, branches stand behind the n.
+    """n paths of a prompt, of which the best go on at each check: a list of Path, pruned ones
+    included; path i is the i-th, branches stand behind the n.
 
     prefix: the checkpoint, in new tokens; None: what STOP was trained for. stages: [(checkpoint,
     keep), ...] or [(checkpoint, keep, branch), ...] instead of the two: with branch = b each kept
     path that still runs goes on as b paths. max_new_tokens: None: as `Stop.limit` says. sampling:
-    temperature, top_k, top_p, seed, as in `generate`. watcher: what is told of the run. batch: what
-    decodes (engine/launch.py has a faster one).
+    temperature, top_k, top_p, seed, as in `generate`. watcher: what is told of the run. new_batch:
+    makes what decodes (engine/launch.py has a faster one).
 
-    A path that ends before a checkpoint is scored whole and competes: exactly `keep` paths vote. It
-    is never revived, nor branched. Ties go to the lower index; with keep = n the paths are those of
-    `generate`. Raises ValueError on stages that cannot be."""
+    A path that ends before a checkpoint is scored whole and competes. It is never revived, nor
+    branched. Those that are not pruned in the end vote (`decide`). Ties go to the lower index; with
+    keep = n the paths are those of `generate`. Raises ValueError on stages that cannot be."""
     limit = stop.limit(model, prompt_ids, max_new_tokens)
     stages = stages_of(stop, keep, prefix, stages)
     validate_stages(stages, n, limit)
@@ -221,7 +221,7 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stag
     capacities = row_capacities(stop, prompt_ids, stages, limit)
 
     paths = [Path(list(prompt_ids), index) for index in range(n)]
-    batch = batch(model, paths, capacities[0], limit, sampling, eos_ids)
+    batch = new_batch(model, paths, capacities[0], limit, sampling, eos_ids)
     alive = list(paths)
     for stage, capacity in zip(stages, capacities[1:]):
         running = list(batch.live)
@@ -230,9 +230,9 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stag
         score_ended(model, stop, running)        #        ended paths have left it: prefilled again
         checked = alive
         alive, pruned = best_paths(checked, stage.keep)
-        batch.prune(pruned)                      # Resume: the best go on, other rows are freed
+        batch.prune(pruned)                      # Resume: the best go on, other rows are freed;
         watcher.checked(stage, checked, alive)
-        new_paths = batch.resume(stage.branch, capacity)
+        new_paths = batch.resume(stage.branch, capacity)  # (kept ones that ended have no row)
         alive = alive + new_paths
         paths += new_paths
     watcher.resumed(batch, alive)
@@ -304,8 +304,8 @@ def vote(answers, weights=None, kind="math"):
 
 
 def decide(answers, scores=None, kind="math"):
-    """The answer of some paths: the vote weighted by their scores, or the majority's where a path
-    has none. Terminal, page and studies all ask here."""
+    """Vote: the answer of a run's finished paths, weighted by their scores; the majority's where a
+    path has none. Terminal, page and studies all ask here."""
     weighted = scores is not None and None not in scores
     return vote(answers, scores if weighted else None, kind)
 

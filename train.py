@@ -10,7 +10,14 @@ checkpoint is a prefix, and the share of its 32 continuations that end right is 
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
 
 Both stand here in plain steps. The script runs engine/stored.py and engine/fit.py, which do the
-same and go on after a kill. `settings` are those of the script (commands/train.py).
+same and go on after a kill. `settings` are those of the script (commands/train.py); the paper's:
+
+    paths 32, low 4, high 28      of a problem; how many of them are right where it stays
+    prefix 2048, prefixes 32      the checkpoint (several: "2048,1024"), and cut paths a problem
+    rollouts 32                   continuations of a prefix
+    m 4, head sigmoid, rank 128, alpha 2 x rank, all seven linears                   of the STOP
+    lr 2e-5, weight_decay .01, epochs 15, batch_size 16, accumulation 8, dropout 0   of the fit
+    validation .1                 share of the problems that chooses the epoch
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
@@ -124,7 +131,7 @@ def roll_out(model, tokenizer, cut, limit, settings):
     K = settings.rollouts
     if K == 0 or cut.ended:
         return float(cut.record["right"][cut.number])
-    sampling = vars(sampling_of(settings))
+    sampling = vars(sampling_of(settings))  # the prefix as prompt gives other noise than the path's
     (paths,) = generate(model, [cut.prefix_ids], K, limit - cut.checkpoint, **sampling)
     return count_right(tokenizer, cut, paths) / K
 
@@ -175,15 +182,15 @@ def fit(model, examples, settings):
     for epoch in range(settings.epochs):
         stop.train()
         steps = shuffled_steps(training, settings, epoch)
-        for number, numbers in enumerate(steps, epoch * len(steps)):
-            rows = sum(len(training.batches[i]) for i in numbers)
-            for i in numbers:
+        for step, batches in enumerate(steps, epoch * len(steps)):
+            rows = sum(len(training.batches[i]) for i in batches)
+            for i in batches:
                 cache, labels = training[i]  # the prefixes: frozen, no gradient
                 logits = stop(model, cache)  # [STOP] on them: LoRA, embeddings and head
-                loss = stop.loss(logits, labels) * len(labels)
-                require_finite(loss, f"fit: the loss of step {number + 1}")
-                (loss / rows).backward()
-            take_step(stop, optimizer, number, len(steps), settings)
+                loss = stop.loss(logits, labels) * len(labels)  # the sum over this batch
+                require_finite(loss, f"fit: the loss of step {step + 1}")
+                (loss / rows).backward()  # the batches of a step add up to the mean over its rows
+            take_step(stop, optimizer, step, len(steps), settings)
 
         stop.eval()
         with torch.no_grad():

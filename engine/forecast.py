@@ -1,4 +1,5 @@
-"""What a run of train.py will take: counts, memory and hours, said before it begins.
+"""What a run of train.py will take: counts, memory and hours, said before it begins. It equals no
+function of the story (tests/engine/test_forecast.py).
 
 Tokens are those of paths, rollouts and the evaluation, at most (every path as long as it may be)
 until the lengths of real paths are known. Rates are measured on the machine at hand, by a few

@@ -14,12 +14,13 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stag
     stages = stages_of(stop, keep, prefix, stages)
     limit = stop.limit(model, prompt_ids, max_new_tokens)
 
-    def batch(*paths_and_how):  # made once the stages have been validated
+    def new_batch(*paths_and_how):  # made once the stages have been validated
         require_rows(model, n, stages, row_capacities(stop, prompt_ids, stages, limit))
         return Batch(*paths_and_how, bar=bar)
 
     return story.launch_check_resume(
-        model, stop, prompt_ids, n, stages=stages, max_new_tokens=limit, batch=batch, **more)
+        model, stop, prompt_ids, n, stages=stages, max_new_tokens=limit, new_batch=new_batch,
+        **more)
 
 
 def require_rows(model, n, stages, capacities):

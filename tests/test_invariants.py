@@ -206,7 +206,7 @@ def test_6_after_the_check_the_cache_holds_the_kept_rows_only(model, stop, batch
 
     launch_check_resume(
         model, stop, PROMPT, 12, 4, 10, max_new_tokens=LIMIT, eos_ids=(), watcher=Looker(),
-        batch=batch, **SAMPLING)
+        new_batch=batch, **SAMPLING)
     assert len(caches) == 1
 
 

@@ -249,7 +249,7 @@ def run(pair, n, stages, limit=20, seed=5, watcher=Watcher(), eos_ids=ENDS, batc
     model, stop = pair
     paths = launch_check_resume(
         model, stop, PROMPT, n, stages=stages, max_new_tokens=limit, eos_ids=eos_ids,
-        watcher=watcher, batch=batch, **SAMPLING | {"seed": seed})
+        watcher=watcher, new_batch=batch, **SAMPLING | {"seed": seed})
     assert len({path.name for path in paths}) == len(paths)
     return {path.name: path for path in paths}
 

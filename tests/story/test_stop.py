@@ -228,7 +228,7 @@ def test_exactly_the_best_finish(pair, batches):
     eos = (3, 11)
     (whole,) = generate(model, [PROMPT], 8, 40, eos_ids=eos, **SAMPLING)
     paths = launch_check_resume(
-        model, stop, PROMPT, 8, 3, 10, max_new_tokens=40, eos_ids=eos, batch=batches.make,
+        model, stop, PROMPT, 8, 3, 10, max_new_tokens=40, eos_ids=eos, new_batch=batches.make,
         **SAMPLING)
     scores = stop.score(model, [PROMPT + path.ids[:10] for path in whole]).tolist()
     kept = best_of(dict(enumerate(scores)), 3)
@@ -299,7 +299,7 @@ def test_a_cascade_by_hand(pair, batches, eos):
         assert any(4 < len(path.ids) <= 20 for path in whole)
     paths = launch_check_resume(
         model, stop, PROMPT, 12, stages=STAGES, max_new_tokens=40, eos_ids=eos, watcher=batches,
-        batch=batches.make, **SAMPLING)
+        new_batch=batches.make, **SAMPLING)
 
     alive = list(range(12))
     scores = {}
