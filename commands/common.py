@@ -1,5 +1,4 @@
 """What the command lines share: the model that they name, its STOP, the memory that it took."""
-import pathlib
 import re
 import resource
 import sys
@@ -11,7 +10,7 @@ from model import load
 from plumbing import processes
 from plumbing.answers import END_OF_TURN
 from plumbing.checkpoint import find_folder
-from plumbing.files import is_there
+from plumbing.files import embedded, is_there
 from plumbing.records import read_json
 from plumbing.tokenizer import PROBE, Tokenizer
 
@@ -64,7 +63,9 @@ def peak_memory():
 
 def stop_folder(settings):
     """The folder of the STOP that a script's settings name."""
-    return pathlib.Path(settings.stop or find_folder(settings.model) / "stop")
+    if settings.stop is None:
+        return find_folder(settings.model) / "stop"
+    return embedded(settings.stop)
 
 
 def say_other_sampling(settings, folder):

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from plumbing.files import is_there, require_file
+from plumbing.files import embedded, is_there, require_file
 from plumbing.records import read_json, require_keys_once
 
 KINDS = ("qwen2", "qwen3", "llama", "gpt_oss")
@@ -333,12 +333,13 @@ def fingerprint(config):
 
 
 def find_folder(path):
-    """The local directory of a checkpoint: `path` itself, or a Hub id's files.
-    These are fetched, or taken from the cache when offline; of a repository the top level alone,
-    since its subfolders hold other formats and training states."""
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists():
+    """The local directory of a checkpoint: `path` itself, the embedded toy's (`files.embedded`), or
+    a Hub id's files. These are fetched, or taken from the cache when offline; of a repository the
+    top level alone, since its subfolders hold other formats and training states."""
+    folder = embedded(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
         raise ValueError(f"{path}: found a file, expected a checkpoint's directory or a Hub id")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
         raise ValueError(f"{path}: no such directory, and not a Hub id (owner/name)")

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import os
 import signal
 import sys
@@ -150,6 +149,34 @@ def misfit(field, value):
     return None if fits else EXPECTED[kind]
 
 
+def describe(settings, recipe, source):
+    """What differs from the defaults, in words; of what stands in `recipe`, a dict, the file it
+    comes from (source) is named."""
+    by_flag = []
+    by_recipe = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            is_recipes = source is not None and field.name in recipe
+            group = by_recipe if is_recipes else by_flag
+            group.append(f"{field.name} {plainly(value)}")
+    parts = []
+    if by_flag:
+        parts.append(", ".join(by_flag))
+    if by_recipe:
+        parts.append(f"from {source}: {', '.join(by_recipe)}")
+    return "; ".join(parts) or "all at their defaults"
+
+
+def plainly(value):
+    """A setting's value for people: true and false as in JSON, a single word without quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and value and not any(c.isspace() or c in ",;" for c in value):
+        return value if len(value) <= 100 else value[:97] + "..."
+    return shown(value)
+
+
 def require_positive(settings, *names):
     """Raise ValueError unless these settings are above 0, or not given."""
     for name in names:
@@ -225,7 +252,7 @@ def command_line(settings, main, recipe=None, shares_work=False):
         defaults = {name: value for name, value in defaults.items() if name not in flags}
         resolved = settings(**(defaults | flags))
         if processes.is_first():
-            print(f"settings: {json.dumps(dataclasses.asdict(resolved))}", flush=True)
+            print(f"settings: {one_line(describe(resolved, defaults, source))}", flush=True)
         main(resolved)
         sys.stdout.flush()  # a full disk is to be found out here, not behind all handlers
         processes.leave()

@@ -8,6 +8,9 @@ import os
 import re
 import stat
 import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 KINDS = {
     stat.S_IFREG: "a file",
@@ -46,6 +49,16 @@ FORMATS = {
     b"%YAML": ("YAML", "convert it to JSON")}
 FORMATS |= {b"\x80" + bytes([n]): ("a pickle", TO_LINES) for n in range(2, 6)}
 YAML_LINE = re.compile(rb"---|- |[A-Za-z_][\w -]*:(\s|$)")
+
+
+def embedded(path):
+    """`path`, as a Path; of the embedded toy ("toy", "toy/stop") the one in the project's own
+    folder, where the working directory has nothing called toy."""
+    path = Path(path)
+    is_toy = path.parts[:1] == ("toy",) and ".." not in path.parts
+    if is_toy and not os.path.lexists("toy") and (PROJECT / path).exists():
+        return PROJECT / path
+    return path
 
 
 def is_there(file):

@@ -21,7 +21,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HTTPError
 
 from plumbing.answers import extract_answer
-from plumbing.files import foreign_format, read_bytes
+from plumbing.files import embedded, foreign_format, read_bytes
 from plumbing.records import read_json, read_records
 
 LETTERS = "ABCDEF"  # ZebraLogic has six options
@@ -149,7 +149,7 @@ def _folded(problem):
 
 def _read_source(path):
     on_hub = path.startswith("hf:")
-    files = _fetch(path.removeprefix("hf:")) if on_hub else [path]
+    files = _fetch(path.removeprefix("hf:")) if on_hub else [embedded(path)]
     problems = {}
     for file in files:
         for place, record in _records(file):

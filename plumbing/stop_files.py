@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from plumbing.budget_plan import CHECKPOINTS
 from plumbing.checkpoint import Keys, is_finite, open_tensors, read_tensors, tensors_digest
-from plumbing.files import is_there, read_bytes
+from plumbing.files import embedded, is_there, read_bytes
 from plumbing.records import read_json, write_atomic
 
 DESCRIPTION = ("m", "shared", "rank", "alpha", "targets", "head", "base_fingerprint")
@@ -48,7 +48,7 @@ class SavedStop:
 def read_stop(folder):
     """The SavedStop in a folder, in our layout or the authors'.
     Raises ValueError where a file is missing, broken or changed."""
-    folder = Path(folder)
+    folder = embedded(folder)
     if (folder / "adapter").is_dir():
         return read_release(folder)
     file = folder / "stop.safetensors"

@@ -1,5 +1,6 @@
 """What a user can get wrong with generate and on the command line: one ValueError, one line, status
 2. Wrong files are in test_checkpoint, test_tokenizer, test_problems and test_train."""
+import dataclasses
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from commands import sample
 from engine.refill import generate
 from lora import LoRA
 from plumbing import command_line as room
-from plumbing.command_line import check_values, option, shown
+from plumbing.command_line import check_values, describe, option, shown
 
 # ------------------------------------------------------------------------------------- the sampler
 
@@ -205,6 +206,27 @@ def test_found_values_are_cut():
     assert shown("a\nb") == r"'a\nb'"
     assert len(shown("x" * 500)) == 60
     assert shown("x" * 500).endswith("...")
+
+
+@dataclasses.dataclass
+class Few:
+    """Settings of a script."""
+    n: int = option(8, "a number")
+    share: float | None = option(None, "a share")
+    cosine: bool = option(False, "a flag")
+    out: str | None = option(None, "a file")
+
+
+@pytest.mark.parametrize("given, recipe, said", (
+    ({}, {}, "all at their defaults"),
+    ({"n": 8, "out": None}, {}, "all at their defaults"),  # given, but no other value
+    ({"n": 4, "share": 1.0}, {}, "n 4, share 1.0"),
+    ({"n": 4}, {"share": 0.5, "cosine": True}, "n 4; from x.json: share 0.5, cosine true"),
+    ({}, {"n": 5, "cosine": False}, "from x.json: n 5"),
+    ({"out": "a b\n"}, {}, r"out 'a b\n'"),
+    ({"out": "runs/é"}, {}, "out runs/é")))
+def test_the_settings_that_differ_are_said(given, recipe, said):
+    assert describe(Few(**(recipe | given)), recipe, "x.json" if recipe else None) == said
 
 
 def test_a_setting_says_its_default(capsys, monkeypatch):

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import hostile
 import numpy as np
@@ -23,7 +24,7 @@ from hostile import attempt
 from plumbing import files
 from plumbing.budget_plan import read_plans
 from plumbing.checkpoint import open_tensors, read_tensors
-from plumbing.files import foreign_format, require_file, require_target
+from plumbing.files import embedded, foreign_format, require_file, require_target
 from plumbing.problems import read_problems
 from plumbing.records import locked, read_json, read_records, read_sealed, write_atomic
 
@@ -312,3 +313,25 @@ def test_parquet_and_arrow_as_their_library_writes_them(tmp_path):
 
 def test_every_suffix_of_a_runs_files_is_known():
     assert {".json", ".jsonl", ".safetensors", ".pt"} <= files.FILE_SUFFIXES
+
+
+# -------------------------------------------------------------------------------- the embedded toy
+
+
+@pytest.mark.parametrize("path", ("toy", "toy/stop", "toy/judge", "toy/test.jsonl", "./toy/"))
+def test_the_toy_is_found_from_everywhere(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert embedded(path) == ROOT / path and embedded(Path(path)) == ROOT / path
+
+
+@pytest.mark.parametrize("path", (
+    "toys", "toy/none", "toy/../model.py", "owner/toy", "/toy", "../toy", "", "."))
+def test_nothing_else_is(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert embedded(path) == Path(path)
+
+
+def test_what_is_called_toy_in_the_working_directory_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    assert embedded("toy") == Path("toy") and embedded("toy/stop") == Path("toy/stop")

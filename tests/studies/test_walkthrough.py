@@ -1,8 +1,11 @@
-"""studies/walkthrough.py, and the six lines of the README that define the method.
+"""studies/walkthrough.py, and the README's Python: the six lines that define the method, and the
+example that ends in an answer.
 
 The page that is kept is made again and compared; the lines are taken out of README.md and run."""
+import os
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -18,7 +21,14 @@ from stop import Stop, best_paths
 PAGE = ROOT / "studies" / "walkthrough.md"
 README = ROOT / "README.md"
 MARKER = "<!-- STOP in six lines: tests/studies/test_walkthrough.py runs this block -->"
-BLOCK = re.compile(re.escape(MARKER) + r"\s*```python\n(.*?)```", re.DOTALL)
+EXAMPLE = "<!-- the library example: tests/studies/test_walkthrough.py runs this block -->"
+
+
+def python_behind(marker):
+    """The block of Python behind a marker in README.md."""
+    block = re.compile(re.escape(marker) + r"\s*```python\n(.*?)```", re.DOTALL)
+    (code,) = block.findall(README.read_text(encoding="utf-8"))
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +76,7 @@ def test_the_page_does_not_come_out_with_another_stop(monkeypatch, tmp_path, cha
 
 def test_the_readmes_six_lines_are_the_method(monkeypatch, tmp_path):
     """Their p is Stop.score's, and the paths that they keep are those that the check keeps."""
-    found = BLOCK.findall(README.read_text(encoding="utf-8"))
-    if not found:
-        pytest.skip("README.md does not hold the six lines")
-    (code,) = found
+    code = python_behind(MARKER)
     method = code.rstrip().rpartition("\n\n")[2]
     assert len(method.splitlines()) == 6
     script = tmp_path / "six_lines.py"
@@ -83,3 +90,13 @@ def test_the_readmes_six_lines_are_the_method(monkeypatch, tmp_path):
     kept, _ = best_paths(paths, len(names["kept"]))
     expected = sorted(path.score for path in kept)
     assert sorted(scores[names["kept"]].tolist()) == pytest.approx(expected)
+
+
+def test_the_readmes_library_example_ends_in_the_answer_that_it_shows(tmp_path):
+    """Run in a process of its own, from another directory: `toy` is found from there too."""
+    code = python_behind(EXAMPLE)
+    (shown,) = re.findall(r"print\(.*\)  # (.*)$", code, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert (done.stdout, done.stderr) == (f"{shown}\n", "")
