@@ -27,7 +27,6 @@ its majority, as it gives no weights, and on the first seed of paths); the ceili
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import operator
 import sys
@@ -38,12 +37,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-try:
-    import matplotlib.figure
-except ImportError:
-    matplotlib = None
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import plot
 from commands.common import open_model, stop_folder
 from engine.budget import by_guideline, least_budget
 from engine.forecast import decoding_rate
@@ -392,34 +387,58 @@ def table(report, title, base):
     return "\n".join(lines)
 
 
-def draw_figure(file, report):
-    """Accuracy against tokens, a panel for avg, cons, score-weighted cons and pass."""
-    figure = matplotlib.figure.Figure((10, 7), layout="constrained")
-    panels = figure.subplots(2, 2).flatten()
-    sources = ("no pruning", "paper's guideline", *FAMILIES)
-    curves = [(source, "STOP") for source in sources] + [("all plans", "minus entropy")]
-    for axes, name in zip(panels, COLUMNS):
-        for source, signal in curves:
-            own = [line for line in report if line["source"] == source and line["signal"] == signal
-                   and line["budget"] is not None]
-            if not own:
-                continue
-            own.sort(key=operator.itemgetter("tokens"))
-            x = [line["tokens"] for line in own]
-            label = source if signal == "STOP" else f"{source}, {signal}"
-            axes.plot(x, [line[name] for line in own], marker="o", markersize=3, label=label)
-            low = [line[f"{name}_low"] for line in own]
-            high = [line[f"{name}_high"] for line in own]
-            axes.fill_between(x, low, high, alpha=0.1)
-        for line in report:
-            if line["source"] == "paper's default":
-                axes.plot(line["tokens"], line[name], "k*", markersize=10, label="paper's default")
-        axes.set(xlabel="tokens a problem", ylabel=name)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    content = io.BytesIO()
-    figure.savefig(content, format="svg")
-    write_atomic(file, content.getvalue())
+CURVES = (  # (chosen from, name, a note below it, colour)
+    ("no pruning", "no pruning", "{}, all to the end", "quiet"),
+    ("paper's default", "the paper's recipe", "the best {} of {} go on", "ink"),
+    ("one check", "one check, tuned", "when, and how many stay", "bad"),
+    ("all plans", "checks and branches, tuned", "the best go on as several paths", "high"))
+
+
+def draw_figure(file, report, problems):
+    """Score-weighted votes that are right against tokens: no pruning, the paper's default, and what
+    the planner chose among plans of one check and among all. The numbers are drawn as the table
+    shows them, so that it can stand for the figure. problems: how many were reported on."""
+    curves = []
+    for source, name, note, look in CURVES:
+        own = [line for line in report if line["source"] == source and line["signal"] == "STOP"]
+        if not own:
+            continue
+        own.sort(key=operator.itemgetter("tokens"))
+        if "{}" in note:
+            note = note.format(*counts(source, [line["plan"] for line in own]))
+        curves.append(plot.Curve(name, note, look, [point_of(line) for line in own]))
+    points = [point for curve in curves for point in curve.points]
+    tokens = [point.x for point in points]
+    x = plot.Axis("tokens a problem (log scale)",
+                  plot.log_ticks(min(tokens), max(tokens)), is_log=True)
+    ticks = plot.linear_ticks(min(point.y.low for point in points),
+                              max(point.y.high for point in points))
+    y = plot.Axis("problems whose vote is right", ticks, form=".0%")
+    panel = plot.Panel(60, 124, plot.WIDTH - 40, 400, x, y)
+    notes = ["A path is one attempt at a problem; those that reach the end vote for its answer.",
+             "A check scores unfinished paths; the best go on, their scores weigh their votes.",
+             f"Shaded, or as a bar: 95% intervals over {problems} problems."]
+    plot.write(file, "Right answers for the tokens spent", notes,
+               plot.draw_curves(panel, curves), height=456)
+
+
+def point_of(line):
+    """The figure's point of a row of the report."""
+    value = Interval(*[round(line[f"weighted{end}"], 3) for end in ("", "_low", "_high")])
+    tokens = round(line["tokens"])
+    about = (f"{line['plan']}: {value.mean:.1%} right [{value.low:.1%}, {value.high:.1%}], "
+             f"{tokens:,} tokens")
+    return plot.Point(tokens, value, about)
+
+
+def counts(source, plans):
+    """What a curve's note tells of its plans, from their texts: of `64, no pruning` how many paths
+    there are, of `64 @ 40:8` how many are kept of how many."""
+    if source == "no pruning":
+        paths = sorted({int(plan.partition(",")[0]) for plan in plans})
+        return [f"{paths[0]} paths" if len(paths) == 1 else f"{paths[0]} to {paths[-1]} paths"]
+    launched, _, stage = plans[0].partition(" @ ")
+    return [stage.partition(":")[2], launched]
 
 
 # The run
@@ -579,8 +598,7 @@ def run(settings, field, checkpoints, samplings, known_ceilings):
 
 
 def write_report(folder, report, scores, problems, samplings):
-    """Print the tables and write budget.md, budget.csv, signals.csv and, with matplotlib,
-    budget.svg."""
+    """Print the tables and write budget.md, budget.csv, signals.csv and budget.svg."""
     title = (f"{problems} problems that took no part in the choice, {len(samplings)} seeds of "
              "paths; in brackets 95% intervals over problems")
     text = table(report, title, "the default")
@@ -591,10 +609,7 @@ def write_report(folder, report, scores, problems, samplings):
         text += "\n\n" + table(scores, title, "the first row")
     print(text)
     write_atomic(folder / "budget.md", text + "\n")
-    if matplotlib is None:
-        print("matplotlib is not installed: no figure is drawn, budget.csv holds its points")
-    else:
-        draw_figure(folder / "budget.svg", report)
+    draw_figure(folder / "budget.svg", report, problems)
 
 
 def summary(settings, report):

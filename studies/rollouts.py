@@ -50,13 +50,10 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
-try:
-    import matplotlib.figure
-except ImportError:
-    matplotlib = None
-
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import plot
 from commands.common import open_model
+from commands.picture import upright, words
 from engine.refill import Batch, generate
 from engine.stored import model_digest, stop_digest
 from plumbing.answers import extract_answer, same_answer
@@ -858,41 +855,91 @@ def training_table(records, before):
     return markdown([*header, "each seed at last", "STOP's (r - s)^2"], rows)
 
 
-def curve_of(row):
-    """What points of one curve have in common: all but the share."""
-    return tuple(row[key] for key in ("form", "shape", "checkpoint", "scores"))
+SHOWN = (  # (form, its name in the figure, a note below it, colour); few lines can be read
+    ("whole group", "nothing pruned", "all paths go to the end", "quiet"),
+    ("scores as critic, no pruning", "nothing pruned, scores", "as forecasts of rewards", "quiet"),
+    ("reweighted", "weighted", "kept 1 in 3: counts 3 times", "high"),
+    ("scores as critic", "weighted, scores", "as forecasts of rewards", "high"),
+    ("pruned as 0", "pruned count as wrong", "whatever they would say", "bad"),
+    ("kept only", "kept paths alone", "as if they were all", "bad"))
 
 
-def draw_figure(rows, records, before, file):
-    """Error against the share kept, and accuracy against tokens, as SVG."""
-    figure = matplotlib.figure.Figure((12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for row in best_plans(rows, STEPS[0]):
-        if row["share"] < 1:
-            curve = [other for other in rows if curve_of(other) == curve_of(row)]
-            shares = [point["share"] for point in curve]
-            values = np.array([point[f"mse_{STEPS[0]}"] for point in curve])  # (points, 3)
-            label = f"{row['form']}, by {row['shape']} @ {row['checkpoint']}"
-            left.plot(shares, values[:, 0], marker="o", label=label)
-            left.fill_between(shares, values[:, 1], values[:, 2], alpha=0.1)
-        else:
-            value = row[f"mse_{STEPS[0]}"].mean
-            left.axhline(value, linestyle="--", color="gray")
-            left.annotate(row["form"], (SHARES[0], value), fontsize="small")
-    left.set(xlabel="share of the paths kept", ylabel=f"squared error at equal tokens, step of "
-             f"{STEPS[0]} groups (whole group = 1)")
-    left.legend(fontsize="small")
-    for name, runs in training_rows(records).items():
-        tokens = np.mean([run["tokens"] for run in runs], 0)
-        values = np.mean([run["accuracy"] for run in runs], 0)
-        style = "--" if runs[0]["refitted"] else "-"
-        right.plot([0, *tokens], [before, *values], style, marker="o", label=name)
-    right.set(xlabel="tokens decoded", ylabel="accuracy on held-out problems, mean over seeds")
+def draw_figure(file, rows, records, before):
+    """Each form's squared error in steps of STEPS and, where something was trained, the accuracy
+    that training by it reached. rows: of `best_plans`. The numbers are drawn as the tables show
+    them, so that these can stand for the figure."""
+    by_form = {row["form"]: row for row in rows}
+    drawn = []
+    for form, name, note, look in SHOWN:
+        marks = [error_marks(by_form[form]), accuracy_marks(records, form)]
+        drawn.append(plot.Row(name, note, look, marks))
+    notes = ["Squared errors of policy gradients from groups of paths, for the same tokens.",
+             f"Filled: steps of {STEPS[0]} groups; hollow: of {STEPS[1]:,}. Bars: 95% intervals."]
+    top = 140
+    bottom = top + 46 * len(drawn)
+    panels = [plot.Panel(228, top, 404 if records else plot.WIDTH - 40, bottom, error_axis(drawn))]
+    parts = heads(panels[0], "gradient's error", "nothing pruned = 1", 1.0)
     if records:
-        right.legend(fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="svg")
-    write_atomic(file, content.getvalue())
+        notes.append("After training: the mean over runs; bars from their least to their most.")
+        panels.append(plot.Panel(444, top, plot.WIDTH - 40, bottom, accuracy_axis(drawn, before)))
+        parts += heads(panels[1], "after training", f"right; {before:.0%} before", before)
+    plot.write(file, "Does pruning paths pay in reinforcement learning?", notes,
+               [*plot.draw_rows(panels, drawn), *parts], height=bottom + 34)
+
+
+def error_marks(row):
+    """A form's squared error in small steps and, hollow, in large ones."""
+    marks = []
+    for groups in STEPS:
+        value = row[f"mse_{groups}"]
+        about = f"{row['form']}, steps of {groups:,} groups: {shown_interval(value)}"
+        mean, low, high = [round(number, 2) for number in value]
+        marks.append(plot.Mark(mean, (low, high), about, is_hollow=groups == STEPS[-1]))
+    return marks
+
+
+def accuracy_marks(records, form):
+    """The accuracy at the end of a form's runs with STOP fixed: their mean, from least to most; no
+    mark of no runs."""
+    reached = [round(record["accuracy"][-1], 3) for record in records
+               if record["form"] == form and not record["refitted"]]
+    if not reached:
+        return []
+    mean = float(np.mean(reached))
+    if len(reached) == 1:
+        return [plot.Mark(mean, None, f"{form}: {mean:.1%}")]
+    least = min(reached)
+    most = max(reached)
+    about = f"{form}, {len(reached)} runs: {mean:.1%}, from {least:.1%} to {most:.1%}"
+    return [plot.Mark(mean, (least, most), about)]
+
+
+def error_axis(drawn):
+    """The axis of the errors of Rows: logarithmic, as some are many times others. What an interval
+    has below 0 is not on it."""
+    values = []
+    for row in drawn:
+        for mark in row.marks[0]:
+            values += [mark.value, *mark.interval]
+    values = [value for value in values if 0 < value < math.inf]
+    return plot.Axis("", plot.log_ticks(min(values), max(values)), is_log=True)
+
+
+def accuracy_axis(drawn, before):
+    """The axis of the accuracies of Rows, with that before training on it."""
+    values = [before]
+    for row in drawn:
+        for mark in row.marks[1]:
+            values += [mark.value, *(mark.interval or ())]
+    return plot.Axis("", plot.linear_ticks(min(values), max(values), most=4), form=".0%")
+
+
+def heads(panel, name, note, reference):
+    """What a panel shows, above it, and a dotted line at what all else is compared with."""
+    x = panel.across(reference)
+    return [words(panel.left, panel.top - 10 - plot.LINE, name, "strong"),
+            words(panel.left, panel.top - 10, note, "quiet"),
+            upright(x, panel.top, panel.bottom, "reference")]
 
 
 def flat_rows(rows):
@@ -993,10 +1040,7 @@ def run(model, stop, tokenizer, records, checkpoints, settings, out):
         print(trained, flush=True)
         text += "\n" + trained
     write_atomic(out / "rollouts.md", text)
-    if matplotlib is None:
-        print("matplotlib is not installed: no figure is drawn, gradients.csv holds its points")
-    else:
-        draw_figure(rows, runs, before, out / "rollouts.svg")
+    draw_figure(out / "rollouts.svg", best, runs, before)
     result = {"out": settings.out, "problems": len(records)}
     for row in best:
         result[row["form"]] = round(row[f"mse_{STEPS[0]}"].mean, 4)

@@ -485,6 +485,7 @@ def test_the_study_from_its_command_line(monkeypatch, capsys, folder, tmp_path):
     last = json.loads(printed.splitlines()[-1])
     assert last["out"] == str(out) and {"default", "60", "120"} <= last.keys()
     assert "| 120 | all plans | STOP |" in printed and "upside down" in printed
+    assert "no pruning" in (out / "budget.svg").read_text()
     rows = list(csv.DictReader((out / "budget.csv").open()))
     sources = {row["source"] for row in rows}
     assert {"no pruning", "paper's default", "paper's guideline", *budget.FAMILIES} >= sources

@@ -397,6 +397,7 @@ def test_the_script_as_it_is_typed(material, tmp_path, monkeypatch, capsys):
     for form in rollouts.FORMS:
         assert f"| {form.name} |" in report
     assert (tmp_path / "gradients.csv").read_text().startswith("form,checkpoint,")
+    assert "after training" in (tmp_path / "rollouts.svg").read_text()
 
     def forbidden(*words):
         raise AssertionError("a run was made again")
