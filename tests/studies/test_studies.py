@@ -673,7 +673,7 @@ def test_numbers_of_a_flag(text, kind, expected):
     "inf", " 3", "1_0", "٣", "3;4", "1.2.3", ".", "0x10"))
 def test_what_is_no_list_of_positive_numbers_is_refused(text, kind):
     """Also what Python would read, and what no array of 64 bits could hold."""
-    with pytest.raises(ValueError, match="^prefixes: found '.*', expected positive numbers below"):
+    with pytest.raises(ValueError, match="^prefixes: found '.*, expected positive numbers below"):
         shared.numbers("prefixes", text, kind)
 
 
