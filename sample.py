@@ -1,6 +1,7 @@
 """Batched sampling on the static cache (section 5 has the settings).
 
     python sample.py --model DIR --prompt "What is 1 + 1?" --n 8
+    python sample.py --model DIR --data problems.jsonl --problems 3
 
 A path's noise for its t-th new token is a hash of (seed, prompt, path index, t): neither another
 row of the batch, nor the number of rows, nor who was pruned has a part in it. So a batch that works

@@ -10,7 +10,7 @@ from model import load
 from plumbing import processes
 from plumbing.answers import END_OF_TURN
 from plumbing.checkpoint import find_folder
-from plumbing.files import embedded, is_there
+from plumbing.files import PROJECT, embedded, is_there
 from plumbing.records import read_json
 from plumbing.tokenizer import PROBE, Tokenizer
 
@@ -66,6 +66,29 @@ def stop_folder(settings):
     if settings.stop is None:
         return find_folder(settings.model) / "stop"
     return embedded(settings.stop)
+
+
+def say_unknown_in_prompt(tokenizer, prompt_ids, settings):
+    """Print a line where a prompt holds what the tokenizer does not know."""
+    count = tokenizer.count_unknown(prompt_ids)
+    if count:
+        say_unknown(f"prompt: {count} of {len(prompt_ids)} tokens are unknown", tokenizer, settings)
+
+
+def say_unknown_in_data(tokenizer, problems, settings):
+    """Print a line where Problems hold what the tokenizer does not know."""
+    count = sum(tokenizer.count_unknown(tokenizer.ask(problem)) > 0 for problem in problems)
+    if count:
+        say_unknown(
+            f"data: {count} of {len(problems)} problems hold words unknown", tokenizer, settings)
+
+
+def say_unknown(found, tokenizer, settings):
+    """Print what was found, once for all processes, and what it is read as."""
+    is_toy = find_folder(settings.model).resolve() == PROJECT / "toy"
+    hint = "; the toy's language is described in docs/toy.md" if is_toy else ""
+    if processes.is_first():
+        print(f"{found} to this tokenizer ({tokenizer.unknown}){hint}", flush=True)
 
 
 def say_other_sampling(settings, folder):

@@ -13,7 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from commands.common import open_model, say_other_sampling, stop_folder
+from commands.common import open_model, say_other_sampling, say_unknown_in_data, stop_folder
 from engine.protocol import Options, validate
 from engine.protocol import run as run_protocol
 from engine.stored import stop_digest
@@ -68,6 +68,7 @@ def run(settings):
     model, tokenizer = open_model(settings)
     stop = Stop.load(stop_folder(settings), model)
     say_other_sampling(settings, stop_folder(settings))
+    say_unknown_in_data(tokenizer, problems, settings)
     plan = None
     if settings.budget is not None:
         plan = read_plan(stop_folder(settings), stop, settings.budget)

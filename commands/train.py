@@ -18,7 +18,7 @@ import functools
 import json
 import pathlib
 
-from commands.common import open_model, say_other_sampling
+from commands.common import open_model, say_other_sampling, say_unknown_in_data
 from engine.fit import fit
 from engine.forecast import make_forecast, restate
 from engine.protocol import run as run_protocol
@@ -37,8 +37,8 @@ from sample import sampling_of, validate_prompts
 from train import Example, require_room, require_several
 
 BESIDE_LABELS = ("data", "problems", "paths", "low", "high", "prefixes", "rollouts")  # of no use
-NO_PART_OF_A_RUN = (  # settings that change no result
-    "batch", "attention", "device", "cache_gb", "out", "plan")
+NO_PART_OF_A_RUN = (  # settings that change no result, or only which problems, which are a part
+    "batch", "attention", "device", "cache_gb", "out", "plan", "test_problems")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,6 +53,7 @@ class Settings(Common):
     labels: str | None = option(None, "train on these records instead of making them")
     out: str | None = option(None, "folder of the run (default: runs/ and the model's name)")
     problems: int | None = option(None, "only the first so many training problems")
+    test_problems: int | None = option(None, "only the first so many held-out problems")
     paths: int = option(32, "paths a problem, to stratify")
     low: int = option(4, "fewest right paths of a problem that stays")
     high: int = option(28, "most right paths of a problem that stays")
@@ -109,7 +110,8 @@ def refuse_idle(values, flags, folder):
     if values.get("targets") in ("", "none"):
         refuse_flags(flags, ("rank", "alpha", "dropout"), "--targets none leaves no LoRA")
     if values.get("test") is None and not is_there(folder / "test.jsonl"):
-        refuse_flags(flags, ("n", "keep"), "there are no held-out problems (--test)")
+        refuse_flags(
+            flags, ("n", "keep", "test_problems"), "there are no held-out problems (--test)")
 
 
 def validate(settings):
@@ -120,8 +122,8 @@ def validate(settings):
 
     sampling_of(settings)
     require_positive(
-        settings, "max_new_tokens", "batch", "problems", "paths", "prefixes", "m", "rank",
-        "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
+        settings, "max_new_tokens", "batch", "problems", "test_problems", "paths", "prefixes", "m",
+        "rank", "alpha", "lr", "epochs", "batch_size", "accumulation", "n", "keep")
     parse_checkpoints(settings.prefix)
     require_choice(settings, "head", "sigmoid", "softmax")
     require("prefixes", settings.prefixes <= settings.paths, f"at most paths = {settings.paths}")
@@ -176,7 +178,7 @@ class Material:
     """What a run starts from."""
     problems: list        # to make labels from; empty where labels are given
     examples: list | None  # the labels that are given
-    tests: list           # held-out problems
+    tests: list           # held-out problems, to evaluate on
 
     def parts(self, settings):
         """What it is made of, for people: {thing: where it came from, how much, its digest}."""
@@ -198,13 +200,14 @@ def read_material(settings, model, tokenizer, folder):
     if test is None and is_there(folder / "test.jsonl"):
         test = folder / "test.jsonl"
     tests = read_problems(test) if test else []
+    evaluated = tests[:settings.test_problems]  # none of the others is trained on either
     if settings.labels:
         examples = given_labels(settings.labels, model, tokenizer, settings.m, tests)
         require_several({example.problem for example in examples})
-        return Material([], examples, tests)
+        return Material([], examples, evaluated)
     problems = training_problems(settings, folder, tests)
     require_several(problems)
-    return Material(problems, None, tests)
+    return Material(problems, None, evaluated)
 
 
 def forecast_of(material, model, tokenizer, settings):
@@ -227,9 +230,13 @@ def forecast_of(material, model, tokenizer, settings):
 def run_in_folder(settings, model, tokenizer, folder, out):
     """Make labels (unless given), fit, evaluate (where there are held-out problems)."""
     material = read_material(settings, model, tokenizer, folder)
+    say_unknown_in_data(tokenizer, material.problems + material.tests, settings)
     forecast = forecast_of(material, model, tokenizer, settings)
     if processes.is_first():
-        for line in [*forecast.describe_work(), f"at most {forecast.describe_hours()}"]:
+        lines = [*forecast.describe_work(), f"at most {forecast.describe_times()}"]
+        if material.problems or material.tests:
+            lines.append(forecast.describe_likely())
+        for line in lines:
             print(f"plan: {line}", flush=True)
     if settings.plan:
         return

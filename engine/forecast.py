@@ -1,4 +1,4 @@
-"""What a run of train.py will take: counts, memory and hours, said before it begins. It equals no
+"""What a run of train.py will take: counts, memory and time, said before it begins. It equals no
 function of the story (tests/engine/test_forecast.py).
 
 Tokens are those of paths, rollouts and the evaluation, at most (every path as long as it may be)
@@ -15,8 +15,11 @@ from engine.fit import Prefixes, cache_bytes
 from engine.refill import Batch
 from plumbing import memory, processes
 from plumbing.budget_plan import parse_checkpoints
+from plumbing.progress import shown_time
 from sample import Path, room, sampling_of
 from train import Example, new_stop
+
+LIKELY = 1 / 2  # of the longest length: a guess, until real paths are there
 
 
 @dataclasses.dataclass
@@ -41,14 +44,13 @@ class Forecast:
             "rollouts": self.prefixes * self.rollouts * self.rollout_length,
             "evaluation": self.tests * self.n * self.path_length}
 
-    def hours(self):
-        """{part: hours}, in the order of the work."""
-        tokens = self.tokens()
-        decoding = {part: count / self.rate / 3600 for part, count in tokens.items()}
+    def seconds(self):
+        """{part: seconds}, in the order of the work."""
+        decoding = {part: count / self.rate for part, count in self.tokens().items()}
         return {
             "paths": decoding["paths"],
             "rollouts": decoding["rollouts"],
-            "fit": self.fit_seconds / 3600,
+            "fit": self.fit_seconds,
             "evaluation": decoding["evaluation"]}
 
     def describe_work(self):
@@ -71,12 +73,27 @@ class Forecast:
                 f"{tokens['evaluation'] / 1e6:,.1f} M tokens")
         return lines
 
-    def describe_hours(self):
-        """One line of hours a part, and together."""
-        hours = self.hours()
-        parts = ", ".join(f"{part} {value:.2f} h" for part, value in hours.items() if value > 0)
-        total = sum(hours.values())
-        return f"{parts}; together {total:.2f} h, an estimate from {self.rate:,.0f} tok/s"
+    def describe_times(self):
+        """One line of the time that each part takes, and all together."""
+        seconds = self.seconds()
+        parts = ", ".join(
+            f"{part} {in_time(value)}" for part, value in seconds.items() if value > 0)
+        total = in_time(sum(seconds.values()))
+        return f"{parts}; together {total}, an estimate from {self.rate:,.0f} tok/s"
+
+    def describe_likely(self):
+        """One line of what is likely, where the lengths of paths are bounds yet."""
+        shorter = dataclasses.replace(
+            self, path_length=self.path_length * LIKELY,
+            rollout_length=self.rollout_length * LIKELY)
+        total = in_time(sum(shorter.seconds().values()))
+        return (f"likely about {total}, if paths and rollouts have half of the tokens that they "
+                "may have, and no problem is dropped")
+
+
+def in_time(seconds):
+    """Seconds in words; what is less than one is not nothing."""
+    return "under 1 s" if seconds < 1 else shown_time(seconds)
 
 
 @torch.inference_mode()
@@ -168,4 +185,4 @@ def restate(forecast, records, cuts):
         rollout_length=sum(beyond) / max(1, len(beyond)),
         fit_seconds=forecast.fit_seconds * len(cuts) / forecast.prefixes)
     print(f"plan: paths have {forecast.path_length:,.0f} tokens on average; still to come: "
-          f"{forecast.describe_hours()}", flush=True)
+          f"{forecast.describe_times()}", flush=True)

@@ -49,12 +49,12 @@ ASK_FOR_LETTER = (
 
 @dataclass
 class Problem:
-    """One question. `options`: letter -> text where the answer is a letter (empty: they stand in
-    the question's own text), else None."""
+    """One question. `answer`: the right one; None where it is not known. `options`: letter -> text
+    where the answer is a letter (empty: they stand in the question's own text), else None."""
 
     id: str
     problem: str
-    answer: str
+    answer: str | None
     options: dict | None = None
 
     @property
@@ -73,7 +73,7 @@ def instruction(problem):
     return "\n\n".join(part for part in parts if part)
 
 
-def read_problems(path):
+def read_problems(path, with_answers=True):
     """The problems of one source, in its order, as list[Problem].
 
     path: a JSON list, JSON lines or CSV file, or hf:owner/dataset or hf:owner/dataset/file (Hub).
@@ -82,11 +82,12 @@ def read_problems(path):
     position from 1) and `options` or `choices`, by letter or a list: the answer is then a letter,
     which may stand under `correct` (AQuA). GPQA's four answers are shuffled, always the same way.
     Of a worked solution the answer is what stands behind GSM8K's last `####`, or in the last box;
-    without an `answer` it is the box of the `solution` (MATH).
+    without an `answer` it is the box of the `solution` (MATH). with_answers: whether each record
+    must have one; else the answer of one without is None.
     ValueError in one line names file, record and key.
     """
     try:
-        return _read_source(str(path))
+        return _read_source(str(path), with_answers)
     except OSError as error:
         raise ValueError(f"{_on_one_line(str(path))}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -147,7 +148,7 @@ def _folded(problem):
 # One source: its files, their records, the conversions of the sets that need one
 
 
-def _read_source(path):
+def _read_source(path, with_answers):
     on_hub = path.startswith("hf:")
     files = _fetch(path.removeprefix("hf:")) if on_hub else [embedded(path)]
     problems = {}
@@ -158,7 +159,7 @@ def _read_source(path):
                 continue
             if "correct answer" in record:
                 record = _from_gpqa(place, record)
-            problem = _problem(place, record, position=len(problems) + 1, taken=problems)
+            problem = _problem(place, record, len(problems) + 1, problems, with_answers)
             problems[problem.id] = problem
     if not problems:
         raise ValueError(f"{path}: found no record, expected JSON lines or a JSON list of problems")
@@ -282,14 +283,14 @@ def _from_gpqa(place, record):
 # One record
 
 
-def _problem(place, record, position, taken):
+def _problem(place, record, position, taken, with_answers):
     """The Problem of a record. `position` stands for a missing id, `taken` holds the ids before."""
     key, question = _question(place, record)
     options = _options(place, record)
-    answer = _answer(place, record, options)
+    answer = _answer(place, record, options, with_answers)
     name = _id(place, record, position, taken)
     _expect_unicode(place, key, question)
-    _expect_unicode(place, "answer", answer)
+    _expect_unicode(place, "answer", answer or "")
     _expect_unicode(place, "id", name)
     for text in (options or {}).values():
         _expect_unicode(place, "options", str(text))
@@ -338,10 +339,13 @@ def _without_letters(options):
     return texts
 
 
-def _answer(place, record, options):
-    """The answer as text; a letter where there are options."""
+def _answer(place, record, options, with_answers):
+    """The answer as text; a letter where there are options. None where there is none, if that may
+    be."""
     key = _first_of(record, "answer", "solution" if options is None else "correct")
     value = record.get(key)
+    if value is None and not with_answers:
+        return None
     good = type(value) in (str, int, float) and str(value).strip()  # bool is no number here
     _expect(good, place, record, key, "text or a number")
     if isinstance(value, float):

@@ -77,6 +77,16 @@ class Tokenizer:
         """Whether the vocabulary holds each of these texts as one token."""
         return all(self.library.token_to_id(mark) is not None for mark in marks)
 
+    @property
+    def unknown(self):
+        """The token that stands for whatever the vocabulary does not hold; None: there is none."""
+        return getattr(self.library.model, "unk_token", None)
+
+    def count_unknown(self, ids):
+        """How many of these token ids stand for something unknown."""
+        unknown = self.unknown
+        return 0 if unknown is None else ids.count(self.library.token_to_id(unknown))
+
     def encode(self, text):
         """Token ids of a text; special tokens in it are read as such, none are added."""
         what = f"text {shorten(text)}"

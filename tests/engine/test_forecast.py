@@ -31,8 +31,27 @@ def test_a_rate_is_measured_on_rows_of_mixed_length(monkeypatch, limit, rows):
         assert first.mean() == pytest.approx(6 + 0.35 * limit, abs=0.1 * limit)
 
 
-def test_hours_are_called_an_estimate():
-    plan = forecast.Forecast(
-        problems=1, paths=1, prefixes=0, rollouts=0, tests=0, n=1, path_length=3600,
-        rollout_length=0, rate=1000.0, fit_seconds=0.0)
-    assert plan.describe_hours().endswith("an estimate from 1,000 tok/s")
+def forecast_for(**changes):
+    """The Forecast of one path of 3,600 tokens, with changes."""
+    return forecast.Forecast(**{
+        "problems": 1, "paths": 1, "prefixes": 0, "rollouts": 0, "tests": 0, "n": 1,
+        "path_length": 3600, "rollout_length": 0, "rate": 1000.0, "fit_seconds": 0.0} | changes)
+
+
+@pytest.mark.parametrize("changes, said", (
+    ({}, "paths 4 s; together 4 s"),
+    ({"rate": 1e6}, "paths under 1 s; together under 1 s"),
+    ({"rate": 10.0}, "paths 6.0 min; together 6.0 min"),
+    ({"rate": 0.1, "fit_seconds": 0.2}, "paths 10.0 h, fit under 1 s; together 10.0 h"),
+    ({"prefixes": 10, "rollouts": 10, "rollout_length": 36, "tests": 2},
+     "paths 4 s, rollouts 4 s, evaluation 7 s; together 14 s")))
+def test_times_are_in_words_and_called_an_estimate(changes, said):
+    plan = forecast_for(**changes)
+    assert plan.describe_times() == f"{said}, an estimate from {plan.rate:,.0f} tok/s"
+
+
+def test_a_likely_time_halves_what_is_decoded_alone():
+    plan = forecast_for(rate=1.0, prefixes=10, rollouts=2, rollout_length=180, fit_seconds=3600.0)
+    assert plan.describe_times().startswith("paths 60.0 min, rollouts 60.0 min, fit 60.0 min; "
+                                            "together 3.0 h")
+    assert plan.describe_likely().startswith("likely about 2.0 h, if ")
