@@ -1,7 +1,8 @@
 """STOP (arXiv 2604.16029, section 3): Launch N paths, Check their prefixes, Resume the best k, and
 vote.
 
-    python stop.py --prompt "..." --n 64 --keep 8 --prefix 2048
+    python stop.py --prompt "..." --n 64 --keep 8
+    python stop.py --data questions.jsonl --out answers.jsonl               # one answer per record
     python stop.py --score prefixes.jsonl --out scored.jsonl --trace DIR    # one score per record
 
 A frozen model, m learned [STOP] embeddings appended to a cached prefix, a LoRA that is active only

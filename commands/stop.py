@@ -1,7 +1,8 @@
 """STOP (arXiv 2604.16029, section 3): Launch N paths, Check their prefixes, Resume the best k, and
 vote.
 
-    python stop.py --prompt "..." --n 64 --keep 8 --prefix 2048
+    python stop.py --prompt "..." --n 64 --keep 8
+    python stop.py --data questions.jsonl --out answers.jsonl               # one answer per record
     python stop.py --score prefixes.jsonl --out scored.jsonl --trace DIR    # one score per record
 
 A frozen model, m learned [STOP] embeddings appended to a cached prefix, a LoRA that is active only
@@ -13,29 +14,32 @@ import contextlib
 import dataclasses
 import functools
 import json
+import textwrap
 import time
 
 import torch
 
 from commands import picture
-from commands.common import open_model, say_other_sampling, stop_folder
-from engine.budget import by_guideline
-from engine.decided import Decider
-from engine.launch import launch_check_resume
+from commands.common import (
+    open_model, say_other_sampling, say_unknown_in_data, say_unknown_in_prompt, stop_folder)
+from commands.questions import answer_file, answer_question
+from commands.stages import LAUNCHED, by_plan, stages_asked
 from engine.stored import model_digest, stop_digest
-from plumbing.answers import extract_answer, same_answer
-from plumbing.budget_plan import parse_cascade, plan_for, read_plans, validate_stages
+from plumbing.answers import same_answer
+from plumbing.budget_plan import parse_cascade, validate_stages
 from plumbing.command_line import (
-    Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
+    Common, command_line, option, refuse_flags, require_choice, require_one_process,
+    require_positive, shown)
 from plumbing.files import require_target
 from plumbing.labels import read_prefixes
-from plumbing.problems import Problem
-from plumbing.progress import progress, say
+from plumbing.problems import Problem, read_problems
+from plumbing.progress import progress, say, shown_time
 from plumbing.scores import score_file
-from sample import decoded_tokens, prefill, sampling_of, validate_prompts
-from stop import Stop, Watcher, decide, like_lengths, retention, vote
+from sample import prefill, sampling_of, validate_prompts
+from stop import Stop, Watcher, like_lengths
 
-LAUNCHED = 64  # paths, where neither --n nor --budget says
+# What there may be to work on, and the flags of what is written of it
+FILES = {"prompt": (), "data": ("out",), "score": ("out", "trace")}
 
 # A setting that says all that these others say, each of which would have no effect beside it
 ALTERNATIVES = {
@@ -48,16 +52,25 @@ OF_A_PROMPT = (
     "n", "keep", "retention", "budget", "task_length", "prefix", "cascade", "branch", "decide",
     "kind", "answer", "picture", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
     "chat_format")
+OF_ONE_PROMPT = ("kind", "answer", "picture")  # those of them that a file of questions does not ask
+
+WIDTH = 100       # columns of what is printed of a check
+SHOWN_TEXT = 600  # characters of the path that is shown beside the answer
 
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python stop.py` can be told."""
     prompt: str | None = option(None, "the question")
+    data: str | None = option(
+        None, "instead of one question, a file of them: JSON lines with problem and, if known, "
+        "answer, or as eval.py reads them")
+    problems: int | None = option(None, "with --data: only the first so many questions")
     score: str | None = option(
         None, "instead of a question, prefixes to score: JSON lines with prefix_token_ids")
     out: str | None = option(
-        None, "with --score: file of the scores, taken up where it stopped (default: printed)")
+        None, "file of the answers of --data, or of the scores of --score (default: printed); "
+        "taken up where it stopped")
     trace: str | None = option(
         None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
     stop: str | None = option(
@@ -92,16 +105,32 @@ def recipe(flags):
     against. ValueError on flags that have no effect beside others."""
     if "score" in flags:
         refuse_flags(flags, OF_A_PROMPT, "it shapes the paths of a --prompt, and no --score")
+    if "data" in flags:
+        refuse_flags(flags, OF_ONE_PROMPT, "it serves one --prompt, and no --data")
+    else:
+        refuse_flags(flags, ["problems"], "it counts the questions of --data")
+        require_one_process()
     if "budget" not in flags:
         refuse_flags(flags, ["task_length"], "it serves the guideline of a --budget alone")
     return ({"dtype": "float32"} if "score" in flags else {}), None
 
 
+def require_one_task(settings):
+    """Raise ValueError unless the settings name one thing to work on, and only files that it
+    has."""
+    given = [flag for flag in (*FILES, "out", "trace") if getattr(settings, flag) is not None]
+    if not given or given[0] not in FILES or not set(given[1:]) <= set(FILES[given[0]]):
+        found = " ".join(f"--{flag}" for flag in given) or "none"
+        raise ValueError(f"found {found}, expected --prompt, or --data and --out, or --score, "
+                         "--out and --trace")
+
+
 def validate(settings):
     """Raise ValueError on settings that cannot be, before any work is done."""
+    require_one_task(settings)
     sampling_of(settings)
     require_positive(settings, "max_new_tokens", "batch", "n", "keep", "retention", "budget",
-                     "task_length", "prefix", "branch")
+                     "task_length", "prefix", "branch", "problems")
     require_choice(settings, "kind", "math", "choice")
     if settings.cascade is not None:
         validate_stages(parse_cascade(settings.cascade), settings.n or LAUNCHED, source="cascade")
@@ -114,67 +143,10 @@ def validate(settings):
                 raise ValueError(f"{other}: found beside --{name}, expected one of the two")
     if settings.picture is not None:
         picture.check_file(settings.picture)
-    if settings.score is not None and settings.out is not None:
+    if settings.data is not None and settings.out is None:
+        raise ValueError("out: found none, expected a file for the answers of --data")
+    if settings.out is not None:
         require_target(settings.out)
-
-
-def by_plan(settings, stop, limit):
-    """The settings with the plan that STOP's plan.json has for --budget, or as they are without
-    one. limit: of a path, in new tokens."""
-    folder = stop_folder(settings)
-    plans = None
-    if settings.budget is not None:
-        plans = read_plans(folder, stop_digest(stop))
-        if plans is None:
-            print(f"budget: no plan.json in {folder}: the paper's guideline")
-    if plans is None:
-        return settings
-    for name in ("n", "keep", "retention", "task_length", "prefix", "cascade", "branch"):
-        found = getattr(settings, name)
-        if found is not None:
-            raise ValueError(f"{name}: found {shown(found)}, expected none beside --budget: the "
-                             f"plan in {folder} has its own")
-    plan = plan_for(plans, settings.budget, folder)
-    place = f"{folder / 'plan.json'}: the plan for {plan.budget} tokens"
-    validate_stages(plan.stages, plan.n, limit, place)
-    print(f"plan for {plan.budget} tokens, the largest listed that {settings.budget} allows: "
-          f"{plan}; about {plan.expected['tokens']:.0f} tokens")
-    cascade = ",".join(map(str, plan.stages))
-    return dataclasses.replace(settings, n=plan.n, cascade=cascade, budget=None)
-
-
-def paths_of(settings, prefix, limit):
-    """(paths launched, paths resumed) of a run: --n and --keep or --retention, by default 64 and an
-    eighth; or the guideline's for --budget."""
-    if settings.budget is not None:
-        return paths_for_budget(settings, prefix, limit)
-    launched = settings.n or LAUNCHED
-    if settings.keep is not None:
-        return launched, settings.keep
-    share = 1 / 8 if settings.retention is None else settings.retention
-    return launched, max(1, round(launched * share))
-
-
-def paths_for_budget(settings, prefix, limit):
-    """(paths launched, paths resumed) by the paper's guideline. ValueError where --n is more than
-    the budget pays for."""
-    task = min(8650, limit) if settings.task_length is None else settings.task_length
-    launched, kept = by_guideline(settings.budget, prefix, task)
-    share = retention(settings.budget, prefix, task)
-    rest = max(0, task - prefix)
-    if settings.n is not None:
-        launched = settings.n
-        left = settings.budget - launched * prefix - rest  # beside one path that is finished
-        if left < 0:
-            most = (settings.budget - rest) // prefix
-            raise ValueError(f"n: found {launched}, expected at most {most}, which the budget of "
-                             f"{settings.budget} tokens pays for")
-        kept = min(max(1, round(share * launched)), launched)
-        if rest > 0:
-            kept = min(kept, 1 + left // rest)
-    print(f"guideline: keep {share:.2g} of {launched} paths (1 / {1 / share:,.2f}), at least 1; a "
-          f"usual response has {task} tokens: {launched * prefix + kept * rest} in all")
-    return launched, kept
 
 
 class Narrator(Watcher):
@@ -189,71 +161,111 @@ class Narrator(Watcher):
     def checked(self, stage, checked, kept):
         self.checks.append(picture.check_of(stage, kept))
         if not self.quiet:
-            show_check(self.checks[-1], checked)
+            show_check(self.checks[-1], checked, kept)
 
     def resumed(self, batch, paths):
         if self.decider is not None:
             self.decider.resumed(batch, paths)
 
 
-def show_check(check, checked):
-    """Print the scores of one picture.Check, the best first."""
+def show_check(check, checked, kept):
+    """Print the scores of one picture.Check, the best first, equal ones on a line."""
     new = check.went_on - check.stayed
     branches = f", and {new} new branches" if new else ""
     say(f"check at {check.checkpoint} tokens: {check.stayed} of {len(checked)} paths "
         f"stay{branches}")
-    for path in sorted(checked, key=lambda path: -path.score):
-        say(f"  path {path.name:>4}  score {path.score:.4f}  {path.status}")
+    names_kept = {path.name for path in kept}
+    groups = {}  # score as it is shown -> {"kept" or "pruned": names}
+    for path in sorted(checked, key=lambda path: (path.index, path.branches)):
+        group = groups.setdefault(f"{path.score:.4f}", {})
+        group.setdefault("kept" if path.name in names_kept else "pruned", []).append(path.name)
+    for score, group in sorted(groups.items(), reverse=True):
+        count = sum(map(len, group.values()))
+        names = "; ".join(f"{what} {', '.join(group[what])}" for what in sorted(group))
+        line = f"  score {score}  {picture.counted(count, 'path'):>8}: {names}"
+        say(textwrap.fill(line, WIDTH, subsequent_indent=" " * 26))
 
 
 def answer_prompt(model, stop, tokenizer, settings):
     """Run one question through Launch, Check, Resume; print scores, answers and votes."""
     options = {} if settings.kind == "choice" else None  # they stand in the prompt's own text
     prompt_ids = tokenizer.ask(Problem("prompt", settings.prompt, "", options))
+    say_unknown_in_prompt(tokenizer, prompt_ids, settings)
     limit = stop.limit(model, prompt_ids, settings.max_new_tokens)
     settings = by_plan(settings, stop, limit)
     n, stages = stages_asked(settings, stop, limit)
+    narrator = Narrator()
 
-    def answer_of(path):
-        return extract_answer(tokenizer.completion(path.ids), settings.kind)
+    def with_narrator(decider):
+        narrator.decider = decider
+        return narrator
 
-    decider = Decider(answer_of, settings.kind) if settings.decide else None
-    narrator = Narrator(decider=decider)
     start = time.perf_counter()
     with progress("paths", n * limit, "tok") as bar:
-        paths = launch_check_resume(
-            model, stop, prompt_ids, n, stages=stages, max_new_tokens=limit, watcher=narrator,
-            bar=bar, **dataclasses.asdict(sampling_of(settings)))
+        answered = answer_question(
+            model, stop, tokenizer, prompt_ids, settings.kind, n, stages, limit, settings,
+            with_narrator, bar)
     seconds = time.perf_counter() - start
 
-    finished = [path for path in paths if path.status in ("eos", "length")]
-    answers = [answer_of(path) for path in finished]
-    for path, answer in zip(finished, answers):
-        print(f"path {path.name} ({path.status}, {len(path.ids)} tokens, "
-              f"score {path.score:.4f}): {answer}{mark_of(answer, settings)}")
-    spent = decoded_tokens(paths)
+    finished = [ballot.path for ballot in answered.ballots]
+    for ballot in answered.ballots:
+        print(f"{named(ballot.path)}: {ballot.answer}{mark_of(ballot.answer, settings)}")
+    show_answer(answered, tokenizer, settings)
     # what n paths would have taken, had each become as long as the kept ones are on average
     unpruned = n * sum(len(path.ids) for path in finished) / len(finished)
-    saved = 1 - spent / unpruned
-    majority = vote(answers, kind=settings.kind)
-    weighted = decide(answers, [path.score for path in finished], settings.kind)
-    print(f"answer by score: {weighted}{mark_of(weighted, settings)}; by majority: "
-          f"{majority}{mark_of(majority, settings)}", flush=True)
+    saved = picture.saved_against(n, answered.tokens, finished)
+    print(f"{answered.tokens:,} tokens in {shown_time(seconds)}, {saved}", flush=True)
     if settings.picture is not None:  # behind the answers: a disk may be full by now
+        answers = {ballot.path.name: ballot.answer for ballot in answered.ballots}
         run = picture.record(
-            settings.prompt, paths, narrator.checks, tokenizer, answer_of,
-            picture.saved_against(n, spent, finished), settings.kind, settings.answer)
+            settings.prompt, answered.paths, narrator.checks, tokenizer,
+            lambda path: answers[path.name], saved, settings.kind, settings.answer)
         picture.write(settings.picture, run)
         print(f"wrote {settings.picture}")
     print(json.dumps({
-        "weighted": weighted,
-        "majority": majority,
-        "kept": sum(path.status != "pruned" for path in paths),
-        "decided_early": sum(path.status == "decided" for path in paths),
+        "answer": answered.answer,
+        "weighted": answered.answer,
+        "majority": answered.majority,
+        "kept": sum(path.status != "pruned" for path in answered.paths),
+        "decided_early": sum(path.status == "decided" for path in answered.paths),
         "n": n,
-        "tokens": spent,
-        "tokens_saved_estimate": round(saved, 4),
+        "tokens": answered.tokens,
+        "tokens_saved_estimate": round(1 - answered.tokens / unpruned, 4),
         "seconds": round(seconds, 3)}))
+
+
+def named(path):
+    """A finished path in words."""
+    return f"path {path.name} ({path.status}, {len(path.ids)} tokens, score {path.score:.4f})"
+
+
+def show_answer(answered, tokenizer, settings):
+    """Print the text of the best path that gives the answer of an Answered, and the answer."""
+    if answered.best is None:
+        count = picture.counted(len(answered.ballots), "path")
+        print(f"answer: none ({count}, none with an answer)", flush=True)
+        return
+    text = tokenizer.decode(answered.best.path.ids, skip_special_tokens=True).strip()
+    print(f"the best of those that answer {answered.answer}, {named(answered.best.path)}:")
+    print(textwrap.indent(picture.visible(end_of(text)), "  "))
+    winner = answered.of(answered.answer)
+    most = answered.of(answered.majority)
+    weight = sum(vote.weight for vote in answered.votes)
+    voters = sum(len(vote.bars) for vote in answered.votes)
+    decided = sum(path.status == "decided" for path in answered.paths)
+    remark = f"; {decided} more could not change it" if decided else ""
+    print(f"answer: {answered.answer} (score-weighted vote: {winner.weight:.2f} of {weight:.2f}; "
+          f"majority: {answered.majority}, {len(most.bars)} of {picture.counted(voters, 'vote')}"
+          f"{remark}){mark_of(answered.answer, settings)}", flush=True)
+
+
+def end_of(text):
+    """A text, or its last characters, from the beginning of a word."""
+    if len(text) <= SHOWN_TEXT:
+        return text
+    end = text[-SHOWN_TEXT:]
+    first, space, rest = end.partition(" ")
+    return "... " + (rest if space else first)
 
 
 def mark_of(answer, settings):
@@ -261,25 +273,6 @@ def mark_of(answer, settings):
     if settings.answer is None:
         return ""
     return picture.MARKS[same_answer(answer, settings.answer, settings.kind)]
-
-
-def stages_asked(settings, stop, limit):
-    """(paths launched, the checks) of a run. ValueError where a checkpoint is not below the limit
-    of a path, naming what set it."""
-    checkpoint = settings.prefix
-    if checkpoint is None:
-        checkpoint = stop.trained_for()[0]
-    n, keep = paths_of(settings, checkpoint, limit)
-    if settings.cascade is not None:
-        stages = parse_cascade(settings.cascade)
-        validate_stages(stages, n, limit, "cascade")
-        return n, stages
-    if settings.prefix is None and checkpoint >= limit:
-        raise ValueError(
-            f"prefix: found {checkpoint}, for which the STOP in {stop_folder(settings)} was "
-            f"trained, expected less than the {limit} new tokens that a path may have: give "
-            "--prefix, or a larger --max-new-tokens")
-    return n, [(checkpoint, keep, settings.branch or 1)]
 
 
 @contextlib.contextmanager
@@ -322,22 +315,25 @@ def score_prefixes(model, stop, settings):
 
 
 def run(settings):
-    """Answer a prompt, or score a file of prefixes; the last line is one JSON object."""
+    """Answer a prompt or a file of questions, or score a file of prefixes; the last line is one
+    JSON object."""
     validate(settings)
-    flags = ("prompt", "score", "out", "trace")
-    given = [flag for flag in flags if getattr(settings, flag) is not None]
-    if given != ["prompt"] and given[:1] != ["score"]:
-        found = " ".join(f"--{flag}" for flag in given) or "neither"
-        raise ValueError(f"found {found}, expected --prompt, or --score, --out and --trace")
+    problems = None
+    if settings.data is not None:
+        problems = read_problems(settings.data, with_answers=False)[:settings.problems]
     model, tokenizer = open_model(settings)
     stop = Stop.load(stop_folder(settings), model)
     if settings.score is not None:
         score_prefixes(model, stop, settings)
+        return
+    say_other_sampling(settings, stop_folder(settings))
+    if settings.data is not None:
+        say_unknown_in_data(tokenizer, problems, settings)
+        answer_file(model, stop, tokenizer, problems, settings)
     else:
-        say_other_sampling(settings, stop_folder(settings))
         answer_prompt(model, stop, tokenizer, settings)
 
 
 def main():
     """The command line."""
-    command_line(Settings, run, recipe)
+    command_line(Settings, run, recipe, shares_work=True)

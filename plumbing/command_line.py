@@ -192,6 +192,14 @@ def refuse_flags(flags, names, reason):
             raise ValueError(f"{name}: found {shown(flags[name])}, expected none: {reason}")
 
 
+def require_one_process():
+    """Raise ValueError where torchrun has started several processes."""
+    if processes.launched() > 1:
+        raise ValueError(
+            f"torchrun: found {processes.launched()} processes, expected 1: here each would do all "
+            "of the work")
+
+
 def require_choice(settings, name, *choices):
     """Raise ValueError unless a setting is one of these."""
     value = getattr(settings, name)
@@ -241,10 +249,8 @@ def command_line(settings, main, recipe=None, shares_work=False):
     try:
         flags = parse(settings)
         processes.check_environment()
-        if processes.launched() > 1 and not shares_work:
-            raise ValueError(
-                f"torchrun: found {processes.launched()} processes, expected 1: here each would do "
-                "all of the work")
+        if not shares_work:
+            require_one_process()
         check_values(settings, flags)
         if recipe is not None:
             defaults, source = recipe(flags)

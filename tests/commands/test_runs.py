@@ -3,6 +3,7 @@ the scripts' entries, in this process, on the small world of hostile.py."""
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -11,7 +12,7 @@ import hostile
 import huggingface_hub
 import pytest
 import torch
-from helpers import random_model, random_stop
+from helpers import random_model, random_stop, read_lines, write_lines
 
 from commands import common
 from commands import stop as stop_command
@@ -74,7 +75,7 @@ def test_a_disk_that_is_full_behind_the_run_loses_no_answer(world, tmp_path, mon
     monkeypatch.setattr(stop_command.picture, "write", full)
     status, out, err = hostile.run("stop", world, "--picture", str(tmp_path / "x.svg"))
     assert status == 2 and err.startswith("error: [Errno 28] No space left on device")
-    assert "path " in out and "answer by score: " in out.splitlines()[-1]
+    assert "path " in out and "\nanswer: " in out and " tokens in " in out.splitlines()[-1]
 
 
 def test_the_picture_comes_before_the_last_line(world, tmp_path):
@@ -166,17 +167,156 @@ def test_plans_and_stops_of_another_sampling_are_named(world, planned, tmp_path)
 # ------------------------------------------------------------------------------- what the run says
 
 
+def checks_in(out):
+    """The checks that stop.py has printed: for each a list of (score, names kept, names pruned)."""
+    checks = []
+    for text in out.split("check at ")[1:]:
+        lines = []
+        joined = re.sub(r"\n {10,}", " ", text)
+        for line in joined.splitlines():
+            if line.startswith("  score "):
+                score, names = re.fullmatch(r"  score ([\d.]+) +\d+ paths?: (.*)", line).groups()
+                groups = {"kept": [], "pruned": []}
+                for part in names.split("; "):
+                    what, _, found = part.partition(" ")
+                    groups[what] = found.split(", ")
+                lines.append((score, groups["kept"], groups["pruned"]))
+        checks.append(lines)
+    return checks
+
+
+def test_equal_scores_stand_together_and_the_best_first(world):
+    """64 paths, of which many are alike; each once, with what became of it."""
+    status, out, err = stop_run(
+        world, *BUDGET, "--n", 64, "--keep", 8, "--prefix", 2, "--max-new-tokens", 4, "--no-decide",
+        "--temperature", 1, "--top-k", 3)
+    assert status == 0, err
+    (lines,) = checks_in(out)
+    scores = [score for score, _, _ in lines]
+    assert scores == sorted(set(scores), reverse=True) and len(scores) < 64
+    kept = [name for _, names, _ in lines for name in names]
+    pruned = [name for _, _, names in lines for name in names]
+    assert len(kept) == 8 and sorted(map(int, kept + pruned)) == list(range(64))
+    lowest = min(i for i, (_, _, pruned) in enumerate(lines) if pruned)
+    assert not any(kept for _, kept, _ in lines[lowest + 1:])
+    assert max(map(len, out[out.index("check at"):out.index("\npath ")].splitlines())) <= 100
+
+
+def test_the_answer_stands_behind_the_text_of_its_best_path(world):
+    status, out, err = stop_run(
+        world, *BUDGET, "--n", 16, "--keep", 8, "--prefix", 3, "--max-new-tokens", 8, "--no-decide",
+        "--temperature", 1, "--answer", 1)
+    assert status == 0, err
+    lines = out.splitlines()
+    result = json.loads(lines[-1])
+    votes = {}
+    for line in lines:
+        found = re.fullmatch(r"path (\d+) \(\w+, \d+ tokens, score ([\d.]+)\): (\S+)( [✓✗])?", line)
+        if found and found[3] != "None":
+            votes.setdefault(found[3], []).append((float(found[2]), found[1]))
+    weights = {answer: sum(score for score, _ in group) for answer, group in votes.items()}
+    winner = max(weights, key=weights.get)
+    assert result["answer"] == result["weighted"] == winner
+    best = max(score for score, _ in votes[winner])
+    (said,) = [line for line in lines if line.startswith("the best of those that answer ")]
+    assert f"answer {winner}, path " in said and f"score {best:.4f}):" in said
+    (answer,) = [line for line in lines if line.startswith("answer: ")]
+    found = re.fullmatch(
+        r"answer: (\S+) \(score-weighted vote: ([\d.]+) of ([\d.]+); majority: (\S+), (\d+) of "
+        r"(\d+) votes\) ([✓✗])", answer)
+    assert found[1] == winner and found[4] == result["majority"]
+    assert float(found[2]) == pytest.approx(weights[winner], abs=0.01)
+    assert float(found[3]) == pytest.approx(sum(weights.values()), abs=0.01)
+    assert int(found[5]) == len(votes[found[4]])
+    assert int(found[6]) == sum(map(len, votes.values()))
+    assert found[7] == ("✓" if winner == "1" else "✗")
+    text = lines[lines.index(said) + 1]
+    assert text.startswith("  ") and f"\\boxed{{{winner}}}" in text
+
+
+def test_a_run_without_an_answer_says_so(world):
+    """Greedy paths that end before they say one, or never do."""
+    status, out, err = stop_run(
+        world, "--prompt", "a", *BUDGET[2:], "--n", 2, "--keep", 1, "--prefix", 1,
+        "--max-new-tokens", 2, "--temperature", 0)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    if result["answer"] is None:
+        assert "\nanswer: none (1 path, none with an answer)\n" in out
+    else:
+        assert f"answer: {result['answer']} (" in out
+
+
+@pytest.mark.parametrize("length", (1, 600, 601, 5000))
+def test_of_a_long_text_the_end_is_shown(length):
+    words = ("word " * 1000)[:length - 1] + "X"
+    shown = stop_command.end_of(words)
+    assert shown.endswith("X") and len(shown) <= 604
+    assert (shown == words) == (length <= 600)
+    if length > 600:
+        assert shown.startswith("... word ")
+    assert stop_command.end_of("x" * 700) == "... " + "x" * 600
+
+
+def test_unknown_words_are_counted(world, tmp_path):
+    for words, said in ((["a zebra b gnu"], "prompt: 2 of 4 tokens are unknown to this tokenizer "
+                         "(<unk>)\n"), (["a b"], None)):
+        for script in ("stop", "sample"):
+            status, out, err = hostile.run(script, world, "--prompt", *words)
+            assert status == 0, err
+            assert said in out if said else "unknown" not in out
+    problems = [{"problem": "a zebra", "answer": "1"}, {"problem": "a b", "answer": "1"},
+                {"problem": "gnu gnu", "answer": "1"}]
+    data = write_lines(tmp_path / "p.jsonl", problems)
+    status, out, err = hostile.run(
+        "eval", world, "--data", str(data), "--out", str(tmp_path / "out"))
+    assert status == 0, err
+    assert "data: 2 of 3 problems hold words unknown to this tokenizer (<unk>)\n" in out
+    status, out, err = hostile.run(
+        "train", world, "--data", str(data), "--out", str(tmp_path / "t"), "--plan")
+    assert status == 0, err
+    assert "data: 2 of 6 problems hold words unknown" in out
+    assert re.search(r"\nplan: at most .*; together (under 1 s|\d+ s|[\d.]+ min), an estimate", out)
+    assert "\nplan: likely about " in out and "0.00 h" not in out
+
+
+def test_paths_of_the_first_problems_of_a_file(world, tmp_path):
+    data = write_lines(tmp_path / "p.jsonl", [{"problem": word} for word in ("a b", "c", "d")])
+    words = ["--data", data, "--problems", 2, *hostile.PLAIN, "--n", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hostile, "words_of", lambda script, folder: [])
+        status, out, err = hostile.run("sample", world, *map(str, words))
+    assert status == 0, err
+    found = re.findall(r"^--- path (\d) of problem (\d) ", out, re.MULTILINE)
+    assert sorted(found) == [(str(i), str(p)) for i in range(3) for p in (1, 2)]
+    status, out, err = hostile.run("sample", world, "--data", str(data))
+    assert status == 2 and err == "error: prompt, data: found both, expected one of the two\n"
+    status, out, err = hostile.run("sample", world, "--problems", "2")
+    assert status == 2 and err.startswith("error: problems: found 2, expected none: it counts")
+
+
+def test_held_out_problems_that_are_not_evaluated_are_not_trained_on_either(world, tmp_path):
+    data = write_lines(tmp_path / "p.jsonl", [
+        *read_lines(world / "train.jsonl"), read_lines(world / "test.jsonl")[2] | {"id": "z"}])
+    out = tmp_path / "out"
+    words = ["--data", data, "--out", out, "--test-problems"]
+    status, printed, err = hostile.run("train", world, *map(str, words), "2")
+    assert status == 0, err
+    assert "data: 1 problems are held-out ones and were dropped" in printed
+    assert "plan: 2 held-out problems x " in printed
+    assert json.loads((out / "report.json").read_text())["problems"] == 2
+    status, _, err = hostile.run("train", world, *map(str, words), "1")
+    assert status == 2 and "the held-out problems differ" in err
+
+
 def test_names_do_not_change_before_the_check_that_made_them(world):
     """Two checks that branch: at each of them paths have the names under which they ran."""
     status, out, err = stop_run(
         world, *BUDGET, "--n", 4, "--cascade", "2:2x2,4:2x3", "--max-new-tokens", 9, "--no-decide",
         "--temperature", 1, "--top-k", 0, "--seed", 5)
     assert status == 0, err
-    checks = out.split("check at ")[1:]
-    names = []
-    for check in checks:
-        lines = [line for line in check.splitlines() if line.startswith("  path ")]
-        names.append([line.split()[1] for line in lines])
+    names = [[name for _, kept, pruned in lines for name in kept + pruned]
+             for lines in checks_in(out)]
     assert sorted(names[0]) == ["0", "1", "2", "3"]
     kept = {name.partition(".")[0] for name in names[1]}
     assert len(kept) == 2 and set(names[1]) <= {f"{i}.{j}" for i in kept for j in (0, 1)} | kept
@@ -244,9 +384,10 @@ def test_other_flags_of_train_that_would_do_nothing_are_refused(world, tmp_path)
     alone = tmp_path / "alone"
     shutil.copytree(world, alone)
     (alone / "test.jsonl").unlink()
-    for flag in ("n", "keep"):
+    for flag in ("n", "keep", "test-problems"):
         line = refused("train", alone, f"--{flag}", 2)
-        assert line.startswith(f"{flag}: found 2, expected none: there are no held-out problems")
+        name = flag.replace("-", "_")
+        assert line.startswith(f"{name}: found 2, expected none: there are no held-out problems")
     line = refused("eval", world, "--judge-aggregate", "min")
     assert line.startswith("judge_aggregate: found 'min', expected none: there is no judge")
 

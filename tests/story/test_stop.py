@@ -13,6 +13,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 import sample
+from commands import questions
 from commands import stop as stop_command
 from engine import launch
 from lora import LoRA
@@ -544,7 +545,7 @@ def test_what_the_script_says(checkpoint, monkeypatch, capsys):
             paths.append(sample.Path(prompt_ids, i, [i] * lengths[i], status[i], scores[i]))
         return paths
 
-    monkeypatch.setattr(stop_command, "launch_check_resume", known)
+    monkeypatch.setattr(questions, "launch_check_resume", known)
     monkeypatch.setattr(
         Tokenizer, "completion", lambda self, ids: "\\boxed{%d}" % (ids[0] in (2, 3)))
     _, out, _ = call_script(monkeypatch, capsys, stop_command, *words_for(checkpoint))
@@ -553,12 +554,14 @@ def test_what_the_script_says(checkpoint, monkeypatch, capsys):
     assert last["weighted"] == "1"
     assert last["kept"] == 4
     assert last["tokens"] == 108
+    assert "108 tokens in " in out and "about 28% less than 6 paths as long as the kept ones" in out
+    assert "answer: 1 (score-weighted vote: 0.45 of 0.70; majority: 0, 2 of 4 votes)\n" in out
     assert last["tokens_saved_estimate"] == pytest.approx(1 - 108 / (6 * 25), abs=1e-4)
 
 
 @pytest.mark.parametrize("words, message", (
     (["--prompt", "hi", "--score", "x.jsonl"], "found --prompt --score, expected --prompt, or"),
-    ([], "found neither, expected --prompt, or --score"),
+    ([], "found none, expected --prompt, or --data and --out, or --score"),
     (["--prompt", "hi", "--out", "x"], "found --prompt --out, expected"),
     (["--prompt", "hi", "--keep", "0"], "keep: found 0, expected more than 0"),
     (["--prompt", "hi", "--retention", "1.5"], "retention: found 1.5, expected a share in"),
