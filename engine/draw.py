@@ -11,7 +11,7 @@ SPARE = 256  # logits looked at beyond the k largest, so that ties with the k-th
 
 
 def k_largest(logits, k):
-    """`sample.k_largest`; of a small vocabulary on the CPU by numpy, which is faster there."""
+    """`sample.largest_of`; of a small vocabulary on the CPU by numpy, which is faster there."""
     if logits.device.type != "cpu" or logits.shape[-1] > 1024:
         return logits.topk(k).values
     array = logits.detach().numpy()

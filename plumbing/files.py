@@ -4,6 +4,7 @@ A pipe would hang a run and a device feed it without end; as targets both would 
 with them what others rely on. Links to plain files are followed, for reading and for writing.
 Looked up, not run.
 """
+import errno
 import os
 import re
 import stat
@@ -116,12 +117,16 @@ def target(path):
 def require_target(path):
     """Raise ValueError unless a file can be written at `path`: to be called before the work whose
     result it is to hold."""
-    beside = unfinished(target(path))
-    try:
-        with open(beside, "xb"):
-            os.unlink(beside)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    folder, name = os.path.split(unfinished(target(path)))
+    wrong = None
+    if not os.path.isdir(folder):
+        wrong = errno.ENOENT
+    elif not os.access(folder, os.W_OK | os.X_OK):  # nothing is written: a kill would leave it
+        wrong = errno.EACCES
+    elif len(os.fsencode(name)) > os.pathconf(folder, "PC_NAME_MAX"):
+        wrong = errno.ENAMETOOLONG
+    if wrong is not None:
+        raise ValueError(f"{path}: cannot be written: {os.strerror(wrong)}")
 
 
 def unfinished(path):
