@@ -87,8 +87,9 @@ class Forecast:
             self, path_length=self.path_length * LIKELY,
             rollout_length=self.rollout_length * LIKELY)
         total = in_time(sum(shorter.seconds().values()))
-        return (f"likely about {total}, if paths and rollouts have half of the tokens that they "
-                "may have, and no problem is dropped")
+        what = "paths and rollouts have" if self.rollouts else "paths have"
+        return (f"likely about {total}, if {what} half of the tokens that they may have, and no "
+                "problem is dropped")
 
 
 def in_time(seconds):

@@ -332,6 +332,20 @@ HOSTILE = [
 ]
 
 
+def quickly(function, *args):
+    """What a call gives. It must take less than a quarter of a second of process time, as others
+    may use the machine too; at one of three tries, as a collection of the whole run's garbage may
+    fall into one."""
+    for _ in range(3):
+        readings_of.cache_clear()
+        start = time.process_time()
+        result = function(*args)
+        seconds = time.process_time() - start
+        if seconds < 0.25:
+            return result
+    raise AssertionError(f"{seconds:.2f} s: {str(args)[:200]}")
+
+
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_pieces_take_a_quarter_of_a_second_at_most(piece):
     """No exception, whatever is repeated; process time, as others may use the machine too."""
@@ -339,17 +353,12 @@ def test_hostile_pieces_take_a_quarter_of_a_second_at_most(piece):
     answers = [full, "x=" + full[:-2], "(" + full[:-2] + ")", full.rstrip("+*=,^ "), full[:99]]
     for answer in answers:
         for pair in ((answer, "7"), ("7", answer), (answer, "x+1.1234567890")):
-            readings_of.cache_clear()
-            start = time.process_time()
-            assert same_answer(*pair) in (True, False)
-            assert time.process_time() - start < 0.25, pair
+            assert quickly(same_answer, *pair) in (True, False)
     many = piece * (100_000 // len(piece))
     boxes = (rf"\boxed{{{full[:60]}}} and " * 3000)
     for text in (many, rf"\boxed{{{many}}}", boxes, "Answer: " + many):
         for kind in ("math", "choice"):
-            start = time.process_time()
-            assert isinstance(extract_answer(text, kind), str | None)
-            assert time.process_time() - start < 0.25, (text[:80], kind)
+            assert isinstance(quickly(extract_answer, text, kind), str | None)
 
 
 @pytest.mark.parametrize("text", [
@@ -363,8 +372,5 @@ def test_hostile_pieces_take_a_quarter_of_a_second_at_most(piece):
     r"1234567!", "9" * 400, "0." + "9" * 390, r"\arcsin(10^{4000})", r"|10^{4000}i|"])
 def test_hostile_values_neither_raise_nor_take_long(text):
     for pair in ((text, "7"), ("7", text), (text, text + " "), ("x=" + text, text)):
-        readings_of.cache_clear()
-        start = time.process_time()
-        assert same_answer(*pair) in (True, False)
-        assert time.process_time() - start < 0.25
+        assert quickly(same_answer, *pair) in (True, False)
     assert not same_answer(text, "7")

@@ -989,11 +989,12 @@ def test_what_comes_first(tmp_path):
 
 
 def test_what_changes_no_result_is_no_part_of_a_run():
-    """Rows at a time, the device, kept caches, the folder itself: a run goes on with others."""
+    """Rows at a time, the device, kept caches, the folder itself: a run goes on with others. Which
+    held-out problems are evaluated is told from these problems, which are a part of it."""
     names = {field.name for field in dataclasses.fields(train_command.Settings)}
     assert set(train_command.NO_PART_OF_A_RUN) <= names
     assert set(train_command.NO_PART_OF_A_RUN) == {
-        "batch", "attention", "device", "cache_gb", "out", "plan"}
+        "batch", "attention", "device", "cache_gb", "out", "plan", "test_problems"}
 
 
 def test_half_of_the_free_memory_is_for_caches(toy, monkeypatch):
