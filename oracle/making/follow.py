@@ -14,7 +14,7 @@ import torch
 import cases
 import reference
 from compare import FAIL, NOT_SHOWN, PASS, Result, entries_of, paths_by_name
-from plain_decoder import ACCEPTABLE
+from plain_decoder import ACCEPTABLE, Port
 from plain_sampler import choices_rows, sampler_rows
 from rounded import ALLOWED
 from rounding import LOGITS
@@ -24,6 +24,7 @@ from vector_files import in_json, write_json
 # In float32: the mean distance of numbers, and the largest one
 GAP = 2e-6
 LARGEST_GAP = 1e-4
+CLOSE_EXPERTS = 2e-5
 SCORE_ROUNDING = 1e-3  # in bfloat16 a port may rank scores that it hands in rounded
 RUN_ROWS = ("uninterrupted", "paths", "kept")
 
@@ -44,6 +45,17 @@ class Fresh:
         self.model = self.case.model()
         self.stop = self.case.stop(self.model)
         self.inputs = cases.fresh_case(self.case, seed, self.model.config.vocab_size)
+        self._make_firm(seed)
+
+    def _make_firm(self, seed):
+        """Put other ids in the place of prefixes where two experts are so close that float32 may
+        choose either: there right ports differ."""
+        port = Port(self.model, self.stop, None, torch.float64)
+        generator = cases.fresh_generator(f"{self.name} again", seed)
+        for prefix in self.inputs["prefixes"]:
+            while not port.is_firm(prefix["ids"], CLOSE_EXPERTS):
+                prefix["ids"] = cases.random_ids(
+                    len(prefix["ids"]), self.model.config.vocab_size, generator)
 
     @functools.cached_property
     def rows(self):

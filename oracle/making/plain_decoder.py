@@ -149,6 +149,7 @@ class Port:
         if wrong in ("mxfp4-nibbles", "mxfp4-scale"):
             self._spoil_mxfp4()
         self.chosen = []  # the experts of each layer, in the last pass
+        self.margin = math.inf  # by which the last expert chosen led the next one, at least
         self.frequencies, self.rope_scale = self._rope()
         self.scaling = self._lora_scaling()
 
@@ -352,6 +353,9 @@ class Port:
         bias = self.weights[f"{name}.router.bias"]
         logits = F.linear(x, self.weights[f"{name}.router.weight"],
                           None if self.wrong == "router-bias" else bias)
+        if per_token < logits.shape[-1]:
+            best = logits.topk(per_token + 1, -1).values
+            self.margin = min(self.margin, (best[:, -2] - best[:, -1]).min().item())
         top, chosen = logits.topk(per_token, -1)
         self.chosen.append(chosen.sort(-1).values)
         shares = top.softmax(-1)
@@ -473,6 +477,14 @@ class Port:
             "stop.hidden": hidden[-m:],
             "logits": logits,
             "scores": self.chance(logits)}
+
+    @torch.no_grad()
+    def is_firm(self, ids, close):
+        """Whether no choice of experts hangs on router logits closer than `close`."""
+        self.margin = math.inf
+        if self.gpt_oss:
+            self.score_entry(ids)
+        return self.margin > close
 
     def head_logits(self, before_norm, after_norm):
         read = after_norm[-1]

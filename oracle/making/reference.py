@@ -74,19 +74,21 @@ def score_gradients(port, prefixes):
     return found
 
 
-def training_rows(port, inputs):
+def training_rows(port, inputs, steps=()):
     """The loss of the labelled prefixes, its gradients by the names of the STOP's tensors, and how
-    far these may lie off: ({row: value}, {name: tolerance of a gradient})."""
+    far these may lie off: ({row: value}, {name: tolerance of a gradient}). steps: the tolerances
+    of the prefixes' logits."""
     labels = inputs["labels"]
     prefixes = [prefix["ids"] for prefix in inputs["prefixes"][:len(labels)]]
     loss = 0.0
     gradients = {name: torch.zeros_like(part) for name, part in port.parts.items()}
     allowed = dict.fromkeys(gradients, 1e-30)
-    for ids, label, (z, found) in zip(prefixes, labels, score_gradients(port, prefixes)):
+    count = len(port.parts["head.bias"])
+    steps = list(steps) or [0.0] * len(labels)
+    gradients_of = score_gradients(port, prefixes)
+    for label, step, (z, found) in zip(labels, steps, gradients_of):
         loss += (rounding.softplus(z) - label * z) / len(labels)
         error = (rounding.sigmoid(z) - label) / len(labels)
-        with torch.no_grad():
-            step, count = logit_tolerance(port, ids)
         moved = rounding.moves(rounding.sigmoid, [z], step * count) + rounding.SCORES / 8
         for name, gradient in found.items():
             gradients[name] += error * gradient
@@ -95,21 +97,28 @@ def training_rows(port, inputs):
     return {"loss": loss, "grad": gradients}, allowed
 
 
-def logit_tolerance(port, ids):
-    """(how far each of a prefix's logits may lie off, how many logits there are)."""
-    return tolerance_of_head(port, port.score_entry(ids)["stop.hidden"][-1])
-
-
 def tolerance_of_head(port, hidden):
-    """The same for the last [STOP] position's hidden state."""
+    """How far each logit of the last [STOP] position's hidden state may lie off."""
     terms = (port.parts["head.weight"] * hidden).abs().sum(-1) + port.parts["head.bias"].abs()
-    return rounding.LOGITS * terms.max().item(), len(terms)
+    return rounding.LOGITS * terms.max().item()
+
+
+def moved_by_float32(rows, in_float32):
+    """{row: how far each entry lies off where the plain decoder computes in float32}."""
+    moved = {}
+    for row, entries in rows.items():
+        if row != "experts":
+            moved[row] = [(entry - other.double()).abs().max().item()
+                          for entry, other in zip(entries, in_float32[row])]
+    return moved
 
 
 @torch.no_grad()
-def tolerances(port, inputs, rows):
-    """{row: how far its entries may lie off} of the rows of `prefix_rows`."""
+def tolerances(port, inputs, rows, in_float32):
+    """{row: how far its entries may lie off} of the rows of `prefix_rows`, in float64 and in
+    float32."""
     allowed = {}
+    moved = moved_by_float32(rows, in_float32)
     for row, entries in rows.items():
         if row == "rope":
             allowed[row] = [2e-6 + rounding.ANGLES * position * port.rope_scale
@@ -118,9 +127,11 @@ def tolerances(port, inputs, rows):
             share = rounding.STOP_STATES if row.startswith("stop.") else rounding.STATES
             allowed[row] = [share * max(1.0, entry.abs().max().item())
                             for entry in entries]
+            allowed[row] = largest_of_each(allowed[row], moved[row])
         elif row == "logits":
-            allowed[row] = [tolerance_of_head(port, states[-1])[0] for states in
+            allowed[row] = [tolerance_of_head(port, states[-1]) for states in
                             rows["stop.hidden"]]
+            allowed[row] = largest_of_each(allowed[row], moved[row])
         elif row == "scores":
             pairs = zip(rows["logits"], allowed["logits"])
             allowed[row] = [rounding.score_tolerance(logits.tolist(), step)
@@ -128,25 +139,41 @@ def tolerances(port, inputs, rows):
     return allowed
 
 
+def gradient_tolerances(allowed, trained, in_float32):
+    """{name: how far a gradient may lie off}: what follows from the logits, or from how far float32
+    moved it."""
+    found = {}
+    for name, gradient in trained["grad"].items():
+        step = (gradient - in_float32["grad"][name].double()).abs().max().item()
+        found[name] = max(allowed[name], rounding.FLOAT32 * step)
+    return found
+
+
+def largest_of_each(allowed, moved):
+    """The tolerances of entries, or what follows from how far float32 moved them."""
+    return [max(pair) for pair in zip(allowed, [rounding.FLOAT32 * step for step in moved])]
+
+
 def model_rows(model, stop, inputs):
     """({row: value}, {row: tolerances}) of a case's prefixes and its training step."""
     port = Port(model, stop, None, torch.float64)
     rows = prefix_rows(port, inputs)
-    allowed = tolerances(port, inputs, rows)
+    plain = Port(model, stop)  # in float32
+    allowed = tolerances(port, inputs, rows, prefix_rows(plain, inputs))
     if "training" in inputs["levels"]:
-        trained, grad = training_rows(port, inputs)
+        trained, grad = training_rows(port, inputs, allowed["logits"])
         labels = inputs["labels"]
         allowed["loss"] = rounding.loss_tolerance(
             trained["loss"], [logits.tolist() for logits in rows["logits"]], labels,
             allowed["logits"])
-        allowed["grad"] = grad
+        allowed["grad"] = gradient_tolerances(grad, trained, training_rows(plain, inputs)[0])
         rows |= trained
     rows["loss"] = np.float32(rows["loss"])
     rows["grad"] = {name: single(value) for name, value in rows["grad"].items()}
     exact = {row: value for row, value in rows.items() if row in ("loss", "grad")}
-    plain = {row: [single(entry) for entry in entries] for row, entries in rows.items()
+    shown = {row: [single(entry) for entry in entries] for row, entries in rows.items()
              if row not in exact}
-    return plain | exact, allowed
+    return shown | exact, allowed
 
 
 def path_tolerances(runs, logits, allowed):
