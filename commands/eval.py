@@ -30,7 +30,8 @@ from stop import Stop
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python eval.py` can be told."""
-    stop: str | None = option(None, "folder of the trained STOP (default: the model's stop/)")
+    stop: str | None = option(
+        None, "folder of the trained STOP (default: the model's stop/)", heading="the evaluation")
     data: str | None = option(None, "problems (default: the model's test.jsonl)")
     out: str = option("runs/eval", "folder of report.json and of the paths, which are used again")
     problems: int | None = option(None, "only the first so many problems")

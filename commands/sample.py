@@ -26,7 +26,8 @@ from sample import decoded_tokens, room, sampling_of
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python sample.py` can be told."""
-    prompt: str | None = option(None, "the user's message, as it is")
+    prompt: str | None = option(
+        None, "the user's message, as it is", heading="what to sample")
     data: str | None = option(
         None, "instead of one message, a file of problems (as eval.py reads it), which come with "
         "the paper's instruction")

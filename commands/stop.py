@@ -61,41 +61,44 @@ SHOWN_TEXT = 600  # characters of the path that is shown beside the answer
 @dataclasses.dataclass(kw_only=True)
 class Settings(Common):
     """What `python stop.py` can be told."""
-    prompt: str | None = option(None, "the question")
+    prompt: str | None = option(None, "the question", heading="what to work on")
     data: str | None = option(
         None, "instead of one question, a file of them: JSON lines with problem and, if known, "
         "answer, or as eval.py reads them")
     problems: int | None = option(None, "with --data: only the first so many questions")
     score: str | None = option(
         None, "instead of a question, prefixes to score: JSON lines with prefix_token_ids")
-    out: str | None = option(
-        None, "file of the answers of --data, or of the scores of --score (default: printed); "
-        "taken up where it stopped")
-    trace: str | None = option(
-        None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
+    kind: str = option("math", "math or choice: what the answer is")
+    answer: str | None = option(
+        None, "the right answer, where it is known: what is right is marked")
     stop: str | None = option(
         None, "folder of the trained STOP (default: stop/ in the model's directory)")
+
     n: int | None = option(
-        None, "paths launched (default: 64, or as many as --budget pays for)")
+        None, "paths launched (default: 64, or as many as --budget pays for)",
+        heading="which paths go on")
     keep: int | None = option(None, "paths resumed (default: an eighth)")
     retention: float | None = option(None, "paths resumed, as a share of n")
+    prefix: int | None = option(
+        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
+    branch: int | None = option(
+        None, "how many paths each resumed prefix goes on as (default: 1)")
+    cascade: str | None = option(
+        None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
+        "2048:32,4096:4x2")
     budget: int | None = option(
         None, "all tokens to spend: by the plan for them in STOP's plan.json; where there is none, "
         "by the paper's guideline")
     task_length: int | None = option(
         None, "tokens of a usual response, for the guideline (default: 8650, as in the paper, or "
         "the limit of a path where that is less)")
-    prefix: int | None = option(
-        None, "the checkpoint, in new tokens (default: what STOP was trained for, or 2048)")
-    cascade: str | None = option(
-        None, "several checkpoints, checkpoint:keep or checkpoint:keepxbranch, as in "
-        "2048:32,4096:4x2")
-    branch: int | None = option(
-        None, "how many paths each resumed prefix goes on as (default: 1)")
     decide: bool = option(True, "stop when the running paths can no longer change the vote")
-    kind: str = option("math", "math or choice: what the answer is")
-    answer: str | None = option(
-        None, "the right answer, where it is known: what is right is marked")
+
+    out: str | None = option(
+        None, "file of the answers of --data, or of the scores of --score (default: printed); "
+        "taken up where it stopped", heading="what is written")
+    trace: str | None = option(
+        None, "with --score: folder for the [STOP] positions' hidden states, layer by layer")
     picture: str | None = option(
         None, "file for a picture of the run: a page (.html) or a drawing (.svg)")
 

@@ -47,14 +47,16 @@ class Settings(Common):
     comes before them."""
     data: str | None = option(
         None, "training problems, one source or several with commas between (default: train.jsonl "
-        "in the model's directory)")
+        "in the model's directory)", heading="the run")
     test: str | None = option(
         None, "held-out problems, to evaluate at the end (default: test.jsonl there, if any)")
     labels: str | None = option(None, "train on these records instead of making them")
     out: str | None = option(None, "folder of the run (default: runs/ and the model's name)")
     problems: int | None = option(None, "only the first so many training problems")
     test_problems: int | None = option(None, "only the first so many held-out problems")
-    paths: int = option(32, "paths a problem, to stratify")
+    plan: bool = option(False, "only say what the run will take, and end")
+
+    paths: int = option(32, "paths a problem, to stratify", heading="supervision (section 4)")
     low: int = option(4, "fewest right paths of a problem that stays")
     high: int = option(28, "most right paths of a problem that stays")
     prefix: str = option(
@@ -63,7 +65,8 @@ class Settings(Common):
     prefixes: int = option(32, "prefixes a problem and checkpoint, of its first paths")
     rollouts: int = option(
         32, "continuations of a prefix; 0: none, its label is the outcome of its own path")
-    m: int = option(4, "[STOP] tokens")
+
+    m: int = option(4, "[STOP] tokens", heading="the STOP (section 5)")
     shared: bool = option(False, "one vector for all [STOP] tokens, as the authors' code has it")
     head: str = option("sigmoid", "sigmoid (paper: one logit) or softmax (release: two)")
     rank: int = option(128, "of the LoRA")
@@ -72,7 +75,8 @@ class Settings(Common):
         None, "linears with LoRA, as in q_proj,v_proj or none (default: all seven that are there)",
         may_be_empty=True)
     dropout: float = option(0.0, "before the LoRA")
-    lr: float = option(2e-5, "AdamW's learning rate")
+
+    lr: float = option(2e-5, "AdamW's learning rate", heading="the fit")
     weight_decay: float = option(0.01, "AdamW's")
     epochs: int = option(15, "passes over the training prefixes")
     batch_size: int = option(16, "prefixes a pass")
@@ -83,9 +87,9 @@ class Settings(Common):
     validation: float = option(0.1, "share of the problems held out to choose the best epoch")
     cache_gb: float | None = option(
         None, "prefixes' KV caches kept between epochs (default: half of the free memory)")
-    n: int = option(64, "evaluation: paths a problem")
-    keep: int = option(8, "evaluation: paths kept")
-    plan: bool = option(False, "only say what the run will take, and end")
+
+    n: int = option(64, "paths a problem", heading="the evaluation at the end")
+    keep: int = option(8, "paths kept")
 
 
 def recipe(flags):

@@ -38,17 +38,19 @@ OUT_OF_MEMORY = (
 OTHER_PROCESS_GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
-def option(default, text, may_be_empty=False):
+def option(default, text, may_be_empty=False, heading=None):
     """A dataclass field with its default and its help text. may_be_empty: whether "" is a value
-    of it; elsewhere it is what a shell makes of a variable that is not set."""
-    metadata = {"help": text, "may_be_empty": may_be_empty}
+    of it; elsewhere it is what a shell makes of a variable that is not set. heading: what --help
+    writes above this field and those that follow."""
+    metadata = {"help": text, "may_be_empty": may_be_empty, "heading": heading}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class Common:
     """Flags of every script that runs a model; the paper's sampling settings are the defaults."""
-    model: str = option("toy", "checkpoint directory or Hub id")
+    model: str = option(
+        "toy", "checkpoint directory or Hub id", heading="the model and its sampling")
     max_new_tokens: int | None = option(
         None, "limit of a path (default: what the context leaves, at most 16384)")
     temperature: float = option(0.6, "0 = greedy")
@@ -80,7 +82,12 @@ def parse(settings, argv=None):
         description=sys.modules[settings.__module__].__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(settings):
+    shared = {field.name for field in dataclasses.fields(Common)}
+    fields = sorted(dataclasses.fields(settings), key=lambda field: field.name in shared)
+    group = parser
+    for field in fields:  # the script's own flags first
+        if field.metadata["heading"] is not None:
+            group = parser.add_argument_group(field.metadata["heading"])
         kind = value_type(field)
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -89,7 +96,7 @@ def parse(settings, argv=None):
         text = field.metadata["help"]
         if field.default not in (None, dataclasses.MISSING):
             text += f" [{field.default}]"
-        parser.add_argument(
+        group.add_argument(
             "--" + field.name.replace("_", "-"),
             help=text,
             required=field.default is dataclasses.MISSING,

@@ -236,6 +236,11 @@ def test_a_setting_says_its_default(capsys, monkeypatch):
     assert "python sample.py --model DIR" in out
     for text in ("--top-k", "--max-new-tokens", "0.6", "[8]", "--chat-format"):
         assert text in out
+    _, own, rest = out.partition("what to sample:")
+    own_flags, shared, shared_flags = rest.partition("the model and its sampling:")
+    assert own and shared
+    assert "--prompt" in own_flags and "--n N" in own_flags
+    assert "--top-k" in shared_flags and "--prompt" not in shared_flags
     assert option(3, "text").metadata["help"] == "text"
     assert room.KEPT in "finished records are kept: the same command takes them up"
 
