@@ -40,12 +40,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
-    import matplotlib.figure
-except ImportError:
-    matplotlib = None
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import plot
 import train
 from ablations import interval_with_seeds, score, stop_chances
 from commands import train as train_command
@@ -62,11 +58,16 @@ from plumbing.problems import read_problems, read_sources, without_held_out
 from plumbing.processes import side_by_side
 from plumbing.progress import progress
 from plumbing.records import Job, claim, digest, locked, read_sealed, write_atomic, write_sealed
+from plumbing.statistics import Interval
 from plumbing.tokenizer import Tokenizer
 from sample import prefill, room, sampling_of
 from shared import numbers, read_seeds, require, stored_paths
 
 WAYS = ("outcomes", "rollouts", "mixed")
+LOOKS = (  # of the figure: each way, what it labels, its colour
+    ("outcomes", "every path of many problems", "high"),
+    ("rollouts", "a few prefixes", "bad"),
+    ("mixed", "both", "quiet"))
 PAIRS = (("outcomes", "rollouts"), ("mixed", "rollouts"), ("mixed", "outcomes"))
 LEAST_STEPS = 300   # of a fit
 MOST_STEPS = 1200
@@ -520,33 +521,53 @@ def difference_table(found, checkpoints):
     return "\n".join(lines)
 
 
-def draw_figure(worths, checkpoints, unpruned, file):
-    """Accuracy against the labels' tokens, a panel a checkpoint, as SVG."""
-    figure = matplotlib.figure.Figure((5 * len(checkpoints), 4), layout="constrained")
-    panels = figure.subplots(1, len(checkpoints), squeeze=False)[0]
-    for axes, checkpoint in zip(panels, checkpoints):
-        for way in WAYS:
-            own = [worth for worth in worths if worth.way == way]
-            tokens = [worth.mean("tokens") for worth in own]
-            values = np.array([interval_with_seeds(worth.values["avg", checkpoint])
-                               for worth in own])  # (budgets, 3)
-            axes.plot(tokens, values[:, 0], marker="o", label=way)
-            axes.fill_between(tokens, values[:, 1], values[:, 2], alpha=0.1)
-        axes.axhline(unpruned, linestyle="--", color="gray", label="no pruning")
-        axes.set_xscale("log")
-        axes.set(xlabel="tokens of paths and rollouts",
-                 ylabel=f"right ones among the kept, checked at {checkpoint}")
-    panels[0].legend(fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="svg")
-    write_atomic(file, content.getvalue())
+def draw_figure(file, rows, checkpoints, unpruned):
+    """Accuracy against the labels' tokens as SVG, a panel a checkpoint. rows: of `numbers_of`;
+    unpruned: the accuracy of all paths."""
+    x = plot.Axis("tokens of paths and rollouts (log scale)", is_log=True,
+                  ticks=plot.log_ticks(*ends(row["tokens"] for row in rows)))
+    parts = []
+    top = 124
+    for checkpoint in checkpoints:
+        key = f"avg_{checkpoint}"
+        lows = [row[key][1] for row in rows]
+        highs = [row[key][2] for row in rows]
+        y = plot.Axis(f"right ones among the kept, checked at {checkpoint} tokens", form=".0%",
+                      ticks=plot.linear_ticks(min(unpruned, *lows), max(highs)))
+        panel = plot.Panel(60, top, plot.WIDTH - 40, top + 220, x, y)
+        curves = []
+        for way, note, look in LOOKS:
+            own = [row for row in rows if row["labels"] == way]
+            curves.append(plot.Curve(way, note, look, [point_of(row, key) for row in own]))
+        parts += plot.draw_curves(panel, curves)
+        top += 320
+    notes = ["What a STOP learns from: the outcome of every path, or rollouts of a few prefixes.",
+             f"All paths without pruning: {unpruned:.0%} right.",
+             "Shaded, or as a bar: 95% intervals over problems and seeds."]
+    plot.write(file, "How to spend a budget of labels", notes, parts, height=top - 48)
+
+
+def ends(values):
+    """(the smallest, the largest)."""
+    values = list(values)
+    return min(values), max(values)
+
+
+def point_of(row, key):
+    """The figure's point of a row."""
+    value = Interval(*[round(part, 3) for part in row[key]])
+    tokens = round(row["tokens"])
+    about = (f"{row['labels']}: {value.mean:.1%} right [{value.low:.1%}, {value.high:.1%}], "
+             f"{tokens:,} tokens")
+    return plot.Point(tokens, value, about)
 
 
 def numbers_of(worths, found, checkpoints):
     """The tables as JSON values."""
     rows = []
     for worth in worths:
-        row = {"budget": worth.budget, "labels": worth.way, "fits": worth.about}
+        row = {"budget": worth.budget, "labels": worth.way, "tokens": worth.mean("tokens"),
+               "fits": worth.about}
         for checkpoint in checkpoints:
             for name in ("avg", "weighted"):
                 values = worth.values[name, checkpoint]
@@ -649,10 +670,7 @@ def main(settings):
         write_atomic(out / "labels.md", text + "\n")
         content = {"unpruned": unpruned} | numbers_of(worths, found, study.checkpoints)
         write_atomic(out / "labels.json", json.dumps(content, indent=1) + "\n")
-        if matplotlib is None:
-            print("matplotlib is not installed: no figure is drawn, labels.json holds its points")
-        else:
-            draw_figure(worths, study.checkpoints, unpruned, out / "labels.svg")
+        draw_figure(out / "labels.svg", content["rows"], study.checkpoints, unpruned)
     last = {"out": str(out)}
     for worth in worths:
         avg = worth.values["avg", study.checkpoints[-1]].mean()

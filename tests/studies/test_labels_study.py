@@ -2,6 +2,7 @@
 passes, rollouts beside `generate`, and the study as it is typed."""
 import itertools
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -186,6 +187,8 @@ def test_the_study_as_typed(folder, tmp_path, lenient, short, monkeypatch, run):
     files = sorted(out.glob("seed-*/*-*00"))
     assert len(files) == 12
     assert len({file.read_bytes() for file in files}) == 12
+    dots = re.findall(r"<title>(\w+): ", (out / "labels.svg").read_text())
+    assert sorted(dots) == sorted(4 * labels.WAYS)  # 2 budgets, 2 checkpoints
     report = (out / "labels.md").read_text()
     assert report.count("| mixed minus rollouts |") == 2
     assert json.loads(outcome.out[-1]).keys() >= {"out", "outcomes 300", "mixed 600"}
