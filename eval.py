@@ -13,6 +13,7 @@ a path do not depend on which others are pruned: all scorers choose among the sa
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
 import math
+import re
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from plumbing.progress import progress
 from plumbing.statistics import (
     Interval, auroc, calibration_error, interval, pairwise_accuracy, spearman)
 from sample import sample_paths
-from stop import vote
+from stop import are_weights, vote
 
 STOP = Signal("STOP", "IV")
 RANDOM = Signal("random")
@@ -131,7 +132,7 @@ def worth(problems, records, scores, prefix, keep, reread=False, are_chances=Fal
     values["gain"] = average - right.mean(1)
     values["pass"] = hits.max(1)
     values["cons"] = vote_accuracy(problems, records, kept, np.ones_like(scores))
-    if (scores >= 0).all():
+    if are_weights(scores.ravel()):
         values["weighted"] = vote_accuracy(problems, records, kept, scores)
     row = {key: interval(value) for key, value in values.items()}
     spent = tokens_spent(lengths, kept, prefix, reread)
@@ -227,7 +228,7 @@ def cell(value):
         return f"{cell(value.mean)} [{cell(value.low)}, {cell(value.high)}]"
     if value is None or math.isnan(value):
         return ""
-    return f"{value:.3f}".replace("0.", ".", 1)
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
 
 
 def summary(report):

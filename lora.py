@@ -30,8 +30,8 @@ class Linear(nn.Linear):
 class LoRA(nn.Module):
     """Low-rank pairs for the linears of `model` whose last name is in `targets`; None: in TARGETS.
 
-    Parameters are named as PEFT names them on disk: `<linear's name>.lora_A.weight` (r, in) and
-    `.lora_B.weight` (out, r). They are float32 also beside a bfloat16 model.
+    Parameters are named as PEFT names them on disk, behind its `base_model.model.`: `<linear's
+    name>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r). They are float32 also beside a bfloat16 model.
     Raises ValueError on a target that the model does not have.
     """
 
@@ -57,7 +57,8 @@ class LoRA(nn.Module):
                 self.pairs[name] = self._add_pair(name, linear, generator)
 
     def _add_pair(self, name, linear, generator):
-        """A and B of one linear, in a tree of modules whose names spell the linear's name."""
+        """A and B of one linear, in a tree of modules whose names spell the linear's name, so that
+        `state_dict` has PEFT's names."""
         pair = self
         for part in name.split("."):
             if part not in pair._modules:

@@ -106,7 +106,7 @@ class Positions:
 
 class Attend:
     """The attention of one pass by its definition: every query over all slots up to the longest
-    row's end, under a mask. engine/attention.py has faster ones, with the same two methods.
+    row's end, under a mask. engine/attention.py has faster ones that are made and called alike.
 
     One rule says what a query sees: the keys at or before its own position, within its window. New
     positions follow their row's length directly, so a dead slot is never at or before a query.
@@ -308,7 +308,7 @@ class Layer(nn.Module):
 
 class Decoder(nn.Module):
     """A causal language model. An adapter (lora.Adapter) may join a single pass."""
-    attend = Attend  # what each pass makes its attention of
+    attend = Attend  # the class of which each pass makes its attention
 
     def __init__(self, config):
         super().__init__()
@@ -341,7 +341,7 @@ class Decoder(nn.Module):
         return KVCache(config.num_hidden_layers, rows, config.num_key_value_heads, capacity,
                        config.head_dim, weight.device, weight.dtype)
 
-    def forward(self, ids, cache=None, adapter=None):
+    def forward(self, ids, cache=None, *, adapter=None):
         """Hidden states (B, T, hidden) after the final norm.
 
         ids: token ids (B, T) int64, or input embeddings (B, T, hidden). With a cache the T
@@ -352,7 +352,7 @@ class Decoder(nn.Module):
         cache.advance(ids.shape[1])
         return hidden
 
-    def run(self, ids, cache=None, span=None, adapter=None):
+    def run(self, ids, cache=None, span=None, *, adapter=None):
         """`forward` without advancing the cache: what Check runs. span: for CUDA graphs alone; they
         read the slots 0..span-1 whatever the rows' lengths (engine/cuda_graph.py)."""
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)

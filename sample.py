@@ -125,11 +125,12 @@ def distribution(logits, sampling, k_largest=largest_of):
     largest = k_largest(logits, k)
     weights = logits.exp().mul_(logits >= largest[..., -1:])
     if sampling.top_p < 1:
+        # A token stays if those before it weigh less than p of all; the first stays always.
         mass = largest.exp().double()
-        before = mass.cumsum(-1) - mass  # of the tokens larger than each
+        before = mass.cumsum(-1) - mass
         stays = before < sampling.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
-        last = stays[..., 1:].sum(-1, keepdim=True)  # its place; the first stays always
-        weights.mul_(logits >= largest.gather(-1, last))
+        place_of_last = stays[..., 1:].sum(-1, keepdim=True)
+        weights.mul_(logits >= largest.gather(-1, place_of_last))
     total = weights.sum(-1, keepdim=True, dtype=torch.float64)
     return weights.div_(total.float())
 
@@ -212,8 +213,9 @@ class Batch:
     """Paths of one prompt, decoded together on one static cache: row r of it is the path live[r].
 
     A path's newest token (or its prompt's last one) is `pending`: not yet in the cache. `settle`
-    puts it there and gives the hidden states from which the next tokens are drawn. `decoded` counts
-    the tokens that were computed, rows x steps.
+    puts it there and leaves in `hidden` the states from which the next tokens are drawn. `decoded`
+    counts the tokens that were computed, rows x steps. It comes in small methods, of which
+    engine/refill.py replaces some.
     """
 
     def __init__(self, model, paths, capacity, limit, sampling, eos_ids=None):
@@ -271,7 +273,7 @@ class Batch:
         rows = []
         new_paths = []
         for row, path in enumerate(self.live):
-            branched = [path.branch(number) for number in range(1, copies)]
+            branched = [path.branch(number) for number in range(1, copies)]  # from its name so far
             if branched:
                 path.branches += (0,)  # copy 0 is the path itself
             live += [path, *branched]
@@ -382,17 +384,17 @@ def sample_paths(model, tokenizer, problems, n, limit, sampling):
 # ------------------------------------------------------------------------------- what is asked for
 
 
-def validate_prompts(model, prompts, longest):
+def validate_prompts(model, prompts, new):
     """Raise ValueError unless every prompt is a non-empty list of known token ids with room for
-    `longest` more in the model's context."""
+    `new` more in the model's context."""
     vocab = model.config.vocab_size
     context = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i}: found no token, expected at least one")
-        if len(prompt) + longest > context:
+        if len(prompt) + new > context:
             raise ValueError(
-                f"prompt {i}: {len(prompt)} tokens and {longest} new ones exceed the context "
+                f"prompt {i}: {len(prompt)} tokens and {new} new ones exceed the context "
                 f"of {context}")
         for token in prompt:
             if not 0 <= token < vocab:

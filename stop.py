@@ -9,6 +9,8 @@ A frozen model, m learned [STOP] embeddings appended to a cached prefix, a LoRA 
 there, and a head on the last [STOP] position's final hidden state h_m:
 
     h = f([prefix; S]),  p = sigmoid(w h_m + b)  =  the chance that this path ends right   (eq. 4)
+
+`solve` is the whole of it. The script decodes by engine/launch.py, which does the same, faster.
 """
 import plumbing  # first: what is imported next takes seconds (plumbing/__init__.py)
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 
 from lora import LoRA
 from plumbing import memory
-from plumbing.answers import same_vote
+from plumbing.answers import extract_answer, same_vote
 from plumbing.budget_plan import Stage, parse_checkpoints, validate_stages
 from plumbing.checkpoint import fingerprint
 from plumbing.stop_files import match, read_stop, write_stop
@@ -31,6 +33,9 @@ class Stop(torch.nn.Module):
     logits, index 1 = good, soft cross-entropy (the authors' released code). targets None: all
     seven linears, or those of them that the model has. The head starts at zero, so that every
     chance is one half; the tokens start at random with the spread of the model's embeddings.
+
+    `forward` gives logits of a cache's rows, `chance` chances of logits, `check` both in one, and
+    `score` chances of prefixes as token ids.
     """
 
     def __init__(self, model, m=4, rank=128, alpha=None, targets=None, head="sigmoid", shared=False,
@@ -188,6 +193,24 @@ def retention(budget, prefix, task):
     return min(1.0, L_task ** 4.55 / (1.17e4 * C ** 0.46 * L_prefix ** 0.40))
 
 
+class StopSignal:
+    """What ranks the paths of a run: STOP's chance that a path ends right. Any other signal has
+    these two methods; its scores weigh votes where they can (`are_weights`)."""
+
+    def __init__(self, model, stop):
+        self.model = model
+        self.stop = stop
+
+    def of_live(self, batch):
+        """Scores (B,) of the paths in a Batch, whose tokens are all in its cache."""
+        return self.stop.check(self.model, batch.cache)
+
+    def of_ended(self, paths, batch):
+        """Scores (paths,) of paths that have ended. Their rows have left the batch: they are read
+        again, whole."""
+        return self.stop.score(self.model, [path.prompt_ids + path.ids for path in paths])
+
+
 class Watcher:
     """Is told of a run as it goes. This one only looks on."""
 
@@ -200,16 +223,17 @@ class Watcher:
 
 @torch.inference_mode()
 def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stages=None,
-                        max_new_tokens=None, eos_ids=None, watcher=Watcher(), new_batch=Batch,
-                        **sampling):
+                        max_new_tokens=None, eos_ids=None, signal=None, watcher=Watcher(),
+                        new_batch=Batch, **sampling_settings):
     """n paths of a prompt, of which the best go on at each check: a list of Path, pruned ones
     included; path i is the i-th, branches stand behind the n.
 
     prefix: the checkpoint, in new tokens; None: what STOP was trained for. stages: [(checkpoint,
     keep), ...] or [(checkpoint, keep, branch), ...] instead of the two: with branch = b each kept
-    path that still runs goes on as b paths. max_new_tokens: None: as `Stop.limit` says. sampling:
-    temperature, top_k, top_p, seed, as in `generate`. watcher: what is told of the run. new_batch:
-    makes what decodes (engine/launch.py has a faster one).
+    path that still runs goes on as b paths. max_new_tokens: None: as `Stop.limit` says.
+    sampling_settings: temperature, top_k, top_p, seed, as in `generate`. signal: what ranks the
+    paths; None: STOP's chances. watcher: what is told of the run. new_batch: makes what decodes
+    (engine/launch.py has a faster one).
 
     A path that ends before a checkpoint is scored whole and competes. It is never revived, nor
     branched. Those that are not pruned in the end vote (`decide`). Ties go to the lower index; with
@@ -218,7 +242,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stag
     stages = stages_of(stop, keep, prefix, stages)
     validate_stages(stages, n, limit)
     validate_prompts(model, [prompt_ids], max(limit, stages[-1].checkpoint + stop.m))
-    sampling = Sampling(**sampling)
+    sampling = Sampling(**sampling_settings)
+    signal = signal or StopSignal(model, stop)
     capacities = row_capacities(stop, prompt_ids, stages, limit)
 
     paths = [Path(list(prompt_ids), index) for index in range(n)]
@@ -227,8 +252,8 @@ def launch_check_resume(model, stop, prompt_ids, n=64, keep=8, prefix=None, stag
     for stage, capacity in zip(stages, capacities[1:]):
         running = list(batch.live)
         batch.decode(until=stage.checkpoint)     # Launch: all paths up to the checkpoint
-        score_live(model, stop, batch)           # Check: [STOP] on the cache, which stays as it was
-        score_ended(model, stop, running)        #        ended paths have left it: prefilled again
+        score_live(signal, batch)                # Check: [STOP] on the cache, which stays as it was
+        score_ended(signal, running, batch)      #        ended paths have left it: prefilled again
         checked = alive
         alive, pruned = best_paths(checked, stage.keep)
         batch.prune(pruned)                      # Resume: the best go on, other rows are freed;
@@ -250,17 +275,18 @@ def stages_of(stop, keep=8, prefix=None, stages=None):
 
 
 def row_capacities(stop, prompt_ids, stages, limit):
-    """Positions of a row up to each check, and behind the last."""
+    """Positions of a row up to each check, m [STOP] tokens included, and behind the last (where
+    these are spare)."""
     ends = [stage.checkpoint for stage in stages] + [limit]
     return [len(prompt_ids) + end + stop.m for end in ends]
 
 
-def score_live(model, stop, batch):
+def score_live(signal, batch):
     """Score the paths whose prefixes the cache holds. Equal prefixes have one score, that of the
     first of them: rounding differs with a row's place in the batch, and would break ties."""
     if batch.live:
         batch.settle()
-        scores = stop.check(model, batch.cache).tolist()
+        scores = signal.of_live(batch).tolist()
         prefixes = [tuple(path.ids) for path in batch.live]
         for path, score in zip(batch.live, of_first_equal(prefixes, scores)):
             path.score = score
@@ -272,13 +298,12 @@ def of_first_equal(prefixes, scores):
     return [known.setdefault(prefix, score) for prefix, score in zip(prefixes, scores)]
 
 
-def score_ended(model, stop, paths):
-    """Score those of `paths`, which ran at the last check, that have ended since, whole: their rows
-    have left the cache."""
+def score_ended(signal, paths, batch):
+    """Score those of `paths`, which ran at the last check, that have ended since."""
     ended = [path for path in paths if path.status != "running"]
-    scores = stop.score(model, [path.prompt_ids + path.ids for path in ended])
-    for path, score in zip(ended, scores.tolist()):
-        path.score = score
+    if ended:
+        for path, score in zip(ended, signal.of_ended(ended, batch).tolist()):
+            path.score = score
 
 
 def best_paths(paths, keep):
@@ -305,10 +330,25 @@ def vote(answers, weights=None, kind="math"):
 
 
 def decide(answers, scores=None, kind="math"):
-    """Vote: the answer of a run's finished paths, weighted by their scores; the majority's where a
-    path has none. Terminal, page and studies all ask here."""
-    weighted = scores is not None and None not in scores
+    """Vote: the answer of a run's finished paths, weighted by their scores where these can be
+    weights, else the majority's."""
+    weighted = scores is not None and are_weights(scores)
     return vote(answers, scores if weighted else None, kind)
+
+
+def are_weights(scores):
+    """Whether scores can weigh votes: every path has one, and none is negative, as a
+    log-probability is."""
+    return all(score is not None and score >= 0 for score in scores)
+
+
+def solve(model, stop, tokenizer, prompt_ids, kind="math", **how):
+    """The answer to a prompt: Launch, Check, Resume, and the vote of the paths that went on; None
+    where no path gives one. kind: "math" or "choice". how: as in `launch_check_resume`."""
+    paths = launch_check_resume(model, stop, prompt_ids, **how)
+    finished = [path for path in paths if path.status != "pruned"]
+    answers = [extract_answer(tokenizer.completion(path.ids), kind) for path in finished]
+    return decide(answers, [path.score for path in finished], kind)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Supervision and training of a STOP module (sections 4 and 5), then a short evaluation (section
-6).
+"""Supervision and training of a STOP module (sections 4 and 5).
 
     python train.py                                             # the embedded toy, end to end
     python train.py --model M --data problems.jsonl --out DIR   # on your model and problems
@@ -10,7 +9,7 @@ checkpoint is a prefix, and the share of its 32 continuations that end right is 
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
 
 Both stand here in plain steps. The script runs engine/stored.py and engine/fit.py, which do the
-same and go on after a kill. `settings` are those of the script (commands/train.py); the paper's:
+same and go on after a kill, and ends with a short evaluation (section 6). `settings` are those of the script (commands/train.py); the paper's:
 
     paths 32, low 4, high 28      of a problem; how many of them are right where it stays
     prefix 2048, prefixes 32      the checkpoint (several: "2048,1024"), and cut paths a problem
@@ -182,9 +181,9 @@ def fit(model, examples, settings):
     for epoch in range(settings.epochs):
         stop.train()
         steps = shuffled_steps(training, settings, epoch)
-        for step, batches in enumerate(steps, epoch * len(steps)):
-            rows = sum(len(training.batches[i]) for i in batches)
-            for i in batches:
+        for step, numbers in enumerate(steps, epoch * len(steps)):
+            rows = sum(len(training.batches[i]) for i in numbers)
+            for i in numbers:
                 cache, labels = training[i]  # the prefixes: frozen, no gradient
                 logits = stop(model, cache)  # [STOP] on them: LoRA, embeddings and head
                 loss = stop.loss(logits, labels) * len(labels)  # the sum over this batch
@@ -194,6 +193,7 @@ def fit(model, examples, settings):
 
         stop.eval()
         with torch.no_grad():
+            # batch by batch, which is the order of validation.labels
             logits = [stop(model, validation[i][0]) for i in range(len(validation.batches))]
         metrics = measure(stop, torch.cat(logits).cpu(), validation)
         if metrics["validation_loss"] < best:
@@ -256,18 +256,19 @@ def shuffled_steps(prefixes, settings, epoch):
     return [step.tolist() for step in order.split(settings.accumulation)]
 
 
-def take_step(stop, optimizer, number, steps, settings):
-    """Optimiser step `number` of a fit with `steps` an epoch, from the gradients that are there."""
-    torch.nn.utils.clip_grad_norm_(stop.parameters(), settings.clip or math.inf)
-    rate = learning_rate(number, settings.epochs * steps, settings)
+def take_step(stop, optimizer, number, steps_an_epoch, settings):
+    """Optimiser step `number` of a fit, from the gradients that are there."""
+    if settings.clip:
+        torch.nn.utils.clip_grad_norm_(stop.parameters(), settings.clip)
+    rate = learning_rate(number, settings.epochs * steps_an_epoch, settings)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
 
 
 def learning_rate(step, steps, settings):
-    """The rate of optimiser step `step` of `steps`: linear warm-up, then constant or cosine to
-    zero."""
+    """The rate of optimiser step `step` of `steps`: linear warm-up; constant, or times a cosine
+    that falls to zero over all steps."""
     rate = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
     if settings.cosine:
         rate *= 0.5 + 0.5 * math.cos(math.pi * step / steps)

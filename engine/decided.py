@@ -5,7 +5,7 @@ tests/engine/test_votes.py says.
 import re
 
 from plumbing.answers import same_vote
-from stop import Watcher
+from stop import Watcher, are_weights
 
 # Answers with one reading: numbers that are told apart beyond any rounding, and letters.
 PLAIN = re.compile(
@@ -16,7 +16,8 @@ FOUR_DIGITS = re.compile(r"[0-9]{4}")
 
 class Decider(Watcher):
     """Ends all paths as soon as neither vote, by majority or by score, can change any more; those
-    that still ran are "decided". For runs on engine.refill.Batch."""
+    that still ran are "decided". For runs on engine.refill.Batch. Scores that are no weights
+    (`stop.are_weights`) have no vote."""
 
     def __init__(self, answer_of, kind="math"):
         """answer_of(path): its answer of this kind, or None."""
@@ -45,10 +46,14 @@ class Decider(Watcher):
             if path.name not in self.answers:
                 self.answers[path.name] = self.answer_of(path)
         found = [self.answers[path.name] for path in done]
+        decided = is_decided(found, [1.0] * len(done), len(running), self.kind)
         scores = [path.score for path in done]
-        open_scores = sum(path.score for path in running)
-        by_majority = is_decided(found, [1.0] * len(done), len(running), self.kind)
-        if by_majority and is_decided(found, scores, open_scores, self.kind):
+        if decided and are_weights(scores):
+            open_scores = [path.score for path in running]
+            if not are_weights(open_scores):
+                return  # those that have voted must not be taken for all that vote by score
+            decided = is_decided(found, scores, sum(open_scores), self.kind)
+        if decided:
             self.batch.finish("decided")
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import stop
 from baselines import entropy
 from engine.refill import Batch
 from engine.stored import model_digest, stop_digest
@@ -26,7 +27,6 @@ from plumbing.answers import extract_answer, same_answer, same_vote
 from plumbing.progress import progress
 from plumbing.records import Job, digest
 from sample import Path, branch_key, uniform
-from stop import of_first_equal
 
 TOGETHER = 1024  # rows launched in one batch: several problems
 VALUES = ("tokens", "steps", "checked", "avg", "cons", "weighted", "pass")  # of a plan on a problem
@@ -45,22 +45,15 @@ class Plan(NamedTuple):
 # Signals: what decides which paths go on
 
 
-class StopSignal:
-    """STOP's score: the chance that a path ends right."""
+class StopSignal(stop.StopSignal):
+    """STOP's chances (B,) float64, equal ones of equal paths: several problems share a batch."""
     name = "STOP"
     is_chance = True  # so that votes are weighted by it; others vote with equal weights
 
-    def __init__(self, model, stop):
-        self.model = model
-        self.stop = stop
-
     def of_live(self, batch):
-        """Scores (B,) float64 of the paths in a batch, whose tokens are all in its cache."""
-        scores = self.stop.chance(self.stop(self.model, batch.cache)).double()
-        return alike(batch.live, scores)
+        return alike(batch.live, super().of_live(batch).double())
 
     def of_ended(self, paths, batch):
-        """Scores (paths,) float64 of paths that have left the batch, read whole."""
         prefixes = [path.prompt_ids + path.ids for path in paths]
         return self.stop.score(self.model, prefixes, batch=64).double()
 
@@ -100,7 +93,7 @@ class EntropySignal:
 def alike(paths, scores):
     """The scores (paths,), in which equal paths of a prompt have one (`stop.of_first_equal`)."""
     prefixes = [(path.prompt_number, *path.ids) for path in paths]
-    return scores.new_tensor(of_first_equal(prefixes, scores.tolist()))
+    return scores.new_tensor(stop.of_first_equal(prefixes, scores.tolist()))
 
 
 def at_random(scores, noise):

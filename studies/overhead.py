@@ -31,7 +31,7 @@ from plumbing.command_line import command_line, option, require_positive
 from plumbing.records import write_atomic
 from sample import Path, Sampling, sampling_of, validate_prompts
 from shared import StopSettings, load_judge, load_problems, load_stop, require, require_targets
-from stop import score_live
+from stop import StopSignal, score_live
 
 NO_PRUNING = "no pruning"
 COLUMNS = (
@@ -182,7 +182,7 @@ def verifiers(model, stop, judge, tokenizer, problem, prefix):
         return confidence(model, [record_of(batch)], prefix)[CONFIDENCES[0]]
 
     def check(batch):
-        score_live(model, stop, batch)
+        score_live(StopSignal(model, stop), batch)
         return [path.score for path in batch.live]
 
     found = {NO_PRUNING: None, "Jaccard (I)": compare}

@@ -69,7 +69,7 @@ from sample import Path, prefill, require_finite, sampling_of
 from shared import (
     StopSettings, load_problems, load_stop, numbers, path_lengths, require, stored_paths,
     write_table)
-from stop import like_lengths, score_ended, score_live
+from stop import StopSignal, like_lengths, score_ended, score_live
 
 SKETCH = 512            # numbers that a gradient of all weights is folded to
 SHARES = (0.25, 0.4, 0.6, 0.8)
@@ -590,8 +590,9 @@ def roll_out(model, stop, tokenizer, problems, form, seed, settings):
     kept = torch.ones(len(paths))
     if form.prunes or form.weights is scores_as_critic:
         batch.decode(until=checkpoint)
-        score_live(model, stop, batch)
-        score_ended(model, stop, [path for path in paths if path.status != "running"])
+        signal = StopSignal(model, stop)
+        score_live(signal, batch)
+        score_ended(signal, paths, batch)
     if form.prunes:
         chances = chances_of(paths, form, settings)
         coins = torch.rand(len(paths), generator=torch.Generator().manual_seed(seed))

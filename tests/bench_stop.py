@@ -17,7 +17,7 @@ from bench_sample import ROWS, SIZES, new_batch, now, random_model
 from plumbing.checkpoint import Config
 from plumbing.command_line import command_line, option, require_choice, require_positive
 from sample import prefill
-from stop import Stop, score_live
+from stop import Stop, StopSignal, score_live
 
 
 @dataclasses.dataclass
@@ -52,7 +52,7 @@ def run_once(model, stop, prefix, rollouts):
     batch.decode(until=prefix)
     batch.settle()
     launched = now(device)
-    score_live(model, stop, batch)
+    score_live(StopSignal(model, stop), batch)
     checked = now(device)
 
     prefix_ids = paths[0].prompt_ids + paths[0].ids

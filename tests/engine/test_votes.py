@@ -15,7 +15,7 @@ from engine.decided import Decider, is_decided, may_be_equal
 from engine.refill import Batch
 from plumbing.answers import same_answer, same_vote
 from sample import draw, generate, probabilities
-from stop import Watcher, launch_check_resume, vote
+from stop import StopSignal, Watcher, decide, launch_check_resume, vote
 
 SPELLINGS = (  # answers in several spellings; those of a line are the same, but for the last line
     ("1/2", "0.5", "\\frac{1}{2}", "\\dfrac12"),
@@ -199,6 +199,41 @@ def test_a_run_that_stops_early_gives_the_same_answers(pair, stages, seed):
     for path, full in zip(early, whole, strict=True):
         assert path.name == full.name and path.ids == full.ids[:len(path.ids)]
         assert path.ids == full.ids or path.status == "decided"
+
+
+class Shifted(StopSignal):
+    """Another signal than a chance: some or all of its scores are below zero."""
+
+    def __init__(self, model, stop, shift):
+        super().__init__(model, stop)
+        self.shift = shift
+
+    def of_live(self, batch):
+        return super().of_live(batch) - self.shift
+
+    def of_ended(self, paths, batch):
+        return super().of_ended(paths, batch) - self.shift
+
+
+@pytest.mark.parametrize("shift", (0.5, 2.0))
+def test_scores_that_are_no_weights_decide_nothing(pair, shift):
+    """The vote of the whole run is the majority's then, and a run that is ended early says the
+    same."""
+    model, stop = pair
+    ended_early = 0
+    for seed in range(12):
+        prompt = random_ids(7, seed=seed).tolist()
+        how = SAMPLING | {"stages": [(4, 9)], "max_new_tokens": 40, "eos_ids": ENDS,
+                          "signal": Shifted(model, stop, shift)}
+        answers = []
+        for watcher in (Watcher(), Decider(answer_of)):
+            paths = launch.launch_check_resume(model, stop, prompt, 12, watcher=watcher, **how)
+            ended_early += any(path.status == "decided" for path in paths)
+            voting = [path for path in paths if path.status in ("eos", "length")]
+            found = [answer_of(path) for path in voting]
+            answers.append(decide(found, [path.score for path in voting]))
+        assert equal(*answers)
+    assert ended_early >= 1
 
 
 def test_a_decided_run_takes_fewer_tokens(pair):

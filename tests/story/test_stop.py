@@ -13,6 +13,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 import sample
+from baselines import CONFIDENCES, confidence
 from commands import questions
 from commands import stop as stop_command
 from engine import launch
@@ -21,7 +22,7 @@ from model import load
 from plumbing.problems import read_problems
 from plumbing.tokenizer import Tokenizer
 from sample import generate, prefill
-from stop import Stop, Watcher, launch_check_resume, retention, vote
+from stop import Stop, Watcher, decide, launch_check_resume, retention, solve, vote
 
 SCORERS = sorted(folder.name for folder in (GOLDEN / "scorers").iterdir())
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5}
@@ -245,6 +246,69 @@ def test_exactly_the_best_finish(pair, batches):
     running = sum(len(whole[index].ids) > 10 for index in kept)
     assert batches.sizes == [(running, running, running, 9 + 40 + 3)]
     assert batches.made[0].decoded == sum(len(path.ids) for path in paths)
+
+
+class MeanLogProbability:
+    """A signal of type III, from passes over whole paths."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def of_live(self, batch):
+        return self.of_ended(batch.live, batch)
+
+    def of_ended(self, paths, batch):
+        scores = []
+        for path in paths:
+            ids = torch.tensor([path.prompt_ids + path.ids])
+            chances = self.model.logits(self.model(ids)).log_softmax(-1)[0, :-1]
+            drawn = chances.gather(-1, ids[0, 1:, None])[len(path.prompt_ids) - 1:]
+            scores.append(drawn.mean())
+        return torch.stack(scores)
+
+
+def test_another_signal_ranks_the_paths(pair, batches):
+    """The kept ones are those that type III's own function puts first; ended paths are among
+    them, and votes have equal weights."""
+    model, stop = pair
+    (whole,) = generate(model, [PROMPT], 8, 40, eos_ids=EARLY, **SAMPLING)
+    assert any(len(path.ids) < 6 for path in whole)
+    record = {"prompt_ids": PROMPT, "paths": [path.ids for path in whole]}
+    scores = confidence(model, [record], 6, 1)[CONFIDENCES[0]]
+    paths = launch_check_resume(
+        model, stop, PROMPT, 8, 3, 6, max_new_tokens=40, eos_ids=EARLY, new_batch=batches.make,
+        signal=MeanLogProbability(model), **SAMPLING)
+    close(torch.tensor([path.score for path in paths]), torch.tensor(scores).float(), 1e-4)
+    kept = {path.index for path in paths if path.status != "pruned"}
+    assert kept == set(best_of(dict(enumerate(scores.tolist())), 3))
+    for path in paths:
+        if path.index in kept:
+            assert path.ids == whole[path.index].ids
+
+
+def test_scores_below_zero_weigh_no_votes():
+    assert decide(["7", "8", "8"], [0.9, 0.3, 0.3]) == "7"
+    assert decide(["7", "8", "8"], [-0.1, -0.9, -0.9]) == "8"
+    assert decide(["7", "8", "8"], [0.9, 0.3, -0.3]) == "8"
+    assert decide(["7", "8", "8"], [0.9, None, 0.3]) == "8"
+    assert decide(["7", "8", "8"]) == "8"
+
+
+def test_an_answer_is_the_vote_of_the_paths_that_went_on():
+    """On the toy: as the script's own way answers."""
+    model = load(ROOT / "toy")
+    tokenizer = Tokenizer(ROOT / "toy")
+    stop = Stop.load(ROOT / "toy" / "stop", model)
+    settings = stop_command.Settings(device="cpu", dtype="float32")
+    answers = set()
+    for problem in read_problems(ROOT / "toy" / "test.jsonl")[:4]:
+        prompt = tokenizer.ask(problem)
+        answered = questions.answer_question(
+            model, stop, tokenizer, prompt, "math", 8, [(40, 3, 1)], 110, settings)
+        answers.add(answered.answer)
+        assert answered.answer == solve(
+            model, stop, tokenizer, prompt, n=8, keep=3, prefix=40, max_new_tokens=110)
+    assert len(answers) > 1
 
 
 @pytest.mark.parametrize("number", (2, 3))
