@@ -31,7 +31,7 @@ from plumbing.command_line import (
     Common, command_line, option, refuse_flags, require_choice, require_positive, shown)
 from plumbing.files import is_there
 from plumbing.labels import read_prefixes
-from plumbing.problems import read_problems, read_sources, without_held_out
+from plumbing.problems import read_problems, read_sources, without_held_out, without_repeats
 from plumbing.records import claim, digest, locked, read_json
 from sample import sampling_of, validate_prompts
 from train import Example, require_room, require_several
@@ -170,8 +170,11 @@ def training_problems(settings, folder, tests):
     """The problems to train on, without those that are held out."""
     problems = read_sources(settings.data or folder / "train.jsonl")
     problems, dropped = without_held_out(problems, tests)
+    problems, repeated = without_repeats(problems)
     if dropped and processes.is_first():
         print(f"data: {len(dropped)} problems are held-out ones and were dropped")
+    if repeated and processes.is_first():
+        print(f"data: {len(repeated)} problems stand there twice and were dropped once")
     if not problems:
         raise ValueError("data: found no problem beside held-out ones, expected some to train on")
     return problems[:settings.problems]
@@ -270,7 +273,8 @@ def claim_run(settings, model, material, out):
         del known[name]
     content = dataclasses.asdict(material)
     weights = model_digest(model)
-    known |= {"content": digest(content), "weights": weights}
+    known |= {"content": digest(content), "weights": weights,
+              "eos_ids": list(model.config.eos_ids)}
     parts = {
         "content": material.parts(settings),
         "weights": {"model's weights": f"{settings.model} ({weights})"}}

@@ -9,7 +9,7 @@ import dataclasses
 from engine.refill import sample_all
 from plumbing import processes
 from plumbing.checkpoint import fingerprint, weights_digest
-from plumbing.grading import grade
+from plumbing.grading import grade, grader
 from plumbing.progress import progress
 from plumbing.records import Job, digest
 from sample import room, sampling_of, validate_prompts
@@ -45,12 +45,26 @@ def sample_paths(model, tokenizer, problems, folder, n, max_new_tokens, sampling
     def store(number, paths):
         ids = [path.ids for path in paths]
         answers, right = grade(tokenizer, problems[todo[number]], ids)
-        job.add(todo[number], {"answers": answers, "right": right, "paths": ids})
+        job.add(todo[number], {
+            "answers": answers, "right": right, "paths": ids, "grader": grader()})
 
     missing = [prompts[i] for i in todo]
     with job, progress("paths", len(todo) * n * limit, "tok") as bar:
         sample_all(model, missing, n, limit, sampling, store, batch=batch, bar=bar)
-    return job.finish()
+    return graded_now(job.finish(), tokenizer, problems)
+
+
+def graded_now(records, tokenizer, problems):
+    """Records as this grader grades them: paths that another one graded are graded again."""
+    older = 0
+    for record, problem in zip(records, problems, strict=True):
+        if record.pop("grader", None) != grader():
+            record["answers"], record["right"] = grade(tokenizer, problem, record["paths"])
+            older += 1
+    if older and processes.is_first():
+        print(f"paths: those of {older} problems were graded by another version of the grader, "
+              "and are graded again", flush=True)
+    return records
 
 
 def make_labels(model, tokenizer, problems, settings, out, told=None):
@@ -82,7 +96,8 @@ def roll_out(model, tokenizer, cuts, limit, settings, out):
     K = settings.rollouts
     sampling = sampling_of(settings)
     graded = [[cut.problem.kind, cut.problem.answer] for cut in cuts]
-    identity = digest(model_digest(model), dataclasses.asdict(sampling), graded, K, limit)
+    identity = digest(model_digest(model), list(model.config.eos_ids),
+                      dataclasses.asdict(sampling), graded, K, limit)
     job = Job(out / "labels.jsonl", identity, [about(cut) for cut in cuts])
     most = max(1, K)  # successes that a label may have
 

@@ -149,7 +149,7 @@ class Config:
             head_dim=head_dim,
             rms_norm_eps=keys.number("rms_norm_eps"),
             max_position_embeddings=context,
-            rope=read_rope(keys, context),
+            rope=read_rope(keys, kind, context),
             windows=read_windows(keys, kind, layers),
             tie_word_embeddings=tied and not reward,
             experts=experts,
@@ -274,9 +274,17 @@ def read_windows(keys, kind, layers):
     return tuple(windows)
 
 
-def read_rope(keys, context):
+def read_rope(keys, kind, context):
     """RoPE's settings, from rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
-    scaling = keys.mapping("rope_scaling") | keys.mapping("rope_parameters")
+    scaling = keys.mapping("rope_scaling")
+    parameters = keys.mapping("rope_parameters")
+    if parameters:
+        agree = all(parameters.get(key) == value for key, value in scaling.items())
+        keys.require("rope_scaling", agree, "nothing else than rope_parameters says, beside it")
+    scaling = scaling | parameters
+    # Without it transformers takes gpt-oss's own YaRN, and other readers none.
+    is_said = kind != "gpt_oss" or scaling
+    keys.require("rope_scaling", is_said, "YaRN's settings, as published gpt-oss has them")
     given = {key: value for key, value in scaling.items() if value is not None}
     rope_keys = Keys({"rope_theta": keys.raw.get("rope_theta")} | given, keys.source)
     for key, value in given.items():

@@ -26,6 +26,7 @@ from plumbing.records import read_json, read_records
 
 LETTERS = "ABCDEF"  # ZebraLogic has six options
 LAST_TRAINING_YEAR = 2023  # of AIME: the paper trains on 1983 to 2023 and tests on the years after
+AIME_COLUMNS = {"year", "problem number", "part"}  # of AIME_1983_2024, which holds both
 # The files of the sets that hold more than one that we read.
 HUB_FILES = {
     "Idavidrein/gpqa": ["gpqa_diamond.csv"],
@@ -130,7 +131,8 @@ def _names(paths):
 def without_held_out(problems, tests):
     """(the problems to train on, those dropped because their text is that of a held-out problem).
 
-    White space makes no difference between two texts.
+    White space, letter case and TeX's marks of mathematics ($, \\(, {, ...) make no difference
+    between two texts.
     """
     held_out = {_folded(test) for test in tests}
     kept = []
@@ -141,8 +143,21 @@ def without_held_out(problems, tests):
     return kept, dropped
 
 
+def without_repeats(problems):
+    """(the problems, those dropped because an earlier one has the same text and options): of two
+    equal ones one might be trained on and the other held out for validation."""
+    kept = {}
+    dropped = []
+    for problem in problems:
+        options = problem.options or {}
+        asked = (_folded(problem), *sorted(options.items()))
+        if kept.setdefault(asked, problem) is not problem:
+            dropped.append(problem)
+    return list(kept.values()), dropped
+
+
 def _folded(problem):
-    return " ".join(problem.problem.split())
+    return re.sub(r"\s|\$|\\[()\[\],;!]|[{}]", "", problem.problem).casefold()
 
 
 # One source: its files, their records, the conversions of the sets that need one
@@ -155,7 +170,7 @@ def _read_source(path, with_answers):
     for file in files:
         for place, record in _records(file):
             record = _lower_case_keys(place, record)
-            if on_hub and "/AIME_1983_2024" in path and _is_after_training(place, record):
+            if AIME_COLUMNS <= record.keys() and _is_after_training(place, record):
                 continue
             if "correct answer" in record:
                 record = _from_gpqa(place, record)

@@ -71,6 +71,8 @@ class Tokenizer:
 
         self.template = read_template(folder) if chat_format is None else None
         self.format = chat_format or ("template" if self.template else fits[0])
+        is_plain = chat_format is None and self.format == "raw"
+        self.front = put_in_front(self.library) if is_plain else []
         self.opening = opened_thinking(self.chat(PROBE), PROBE)
 
     def has_tokens(self, marks):
@@ -114,8 +116,9 @@ class Tokenizer:
         return FORMATS[self.format].frame.format(text=text, effort=effort or "medium")
 
     def prompt(self, text, effort=None):
-        """Token ids of a user's message in the chat format (see `chat`)."""
-        return self.encode(self.chat(text, effort))
+        """Token ids of a user's message in the chat format (see `chat`). Of a tokenizer without
+        one they begin as it begins every text; with chat_format "raw" the text is all."""
+        return self.front + self.encode(self.chat(text, effort))
 
     def ask(self, problem):
         """Token ids that put a Problem to the model.
@@ -156,8 +159,20 @@ def read_library(file):
         raise ValueError(f"{file}: missing: no tokenizer of this checkpoint")
     content = read_bytes(file)
     require_keys_once(file, content)
-    return call_library(
+    library = call_library(
         f"{file}: not a tokenizer", tokenizers.Tokenizer.from_buffer, content)
+    # What a fine-tuning run left in the file would cut prompts, or fill them up. transformers, too,
+    # asks for neither unless it is told to.
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def put_in_front(library):
+    """Token ids that the tokenizer itself puts before a text, as Llama's does with its BOS."""
+    marked = library.encode("a", add_special_tokens=True)
+    mask = marked.special_tokens_mask
+    return marked.ids[:mask.index(0)] if 0 in mask else []
 
 
 def opened_thinking(prompt, message):

@@ -54,7 +54,7 @@ from model import Decoder
 from plumbing.budget_plan import parse_checkpoints
 from plumbing.checkpoint import find_folder
 from plumbing.command_line import Common, check_values, command_line, option, require_positive
-from plumbing.problems import read_problems, read_sources, without_held_out
+from plumbing.problems import read_problems, read_sources, without_held_out, without_repeats
 from plumbing.processes import side_by_side
 from plumbing.progress import progress
 from plumbing.records import Job, claim, digest, locked, read_sealed, write_atomic, write_sealed
@@ -614,6 +614,7 @@ def open_study(settings):
     folder = find_folder(settings.model)
     tests = read_problems(settings.test or folder / "test.jsonl")
     problems, _ = without_held_out(read_sources(settings.data or folder / "train.jsonl"), tests)
+    problems, _ = without_repeats(problems)
     for name, found in (("data", problems), ("test", tests)):
         require(name, found, 0, "at least one problem")
     asked = settings.max_new_tokens or recipe.max_new_tokens

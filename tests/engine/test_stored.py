@@ -49,6 +49,7 @@ def test_stored_paths_are_those_of_generate(pair, tmp_path):
     lines = read_lines(only_file(tmp_path))
     for line in lines:
         assert line.pop("seal")
+        assert line.pop("grader") == grading.grader()
     assert lines == records
     assert [record["id"] for record in records] == list("abcde")
     assert records == sample.sample_paths(model, tokenizer, PROBLEMS, 3, 8, STORED)
@@ -57,6 +58,24 @@ def test_stored_paths_are_those_of_generate(pair, tmp_path):
         (paths,) = sample.generate(model, [prompt], 3, 8, temperature=1.0, top_k=0, top_p=1.0)
         assert record["prompt_ids"] == prompt
         assert record["paths"] == [path.ids for path in paths]
+
+
+def test_stored_grades_of_another_grader_are_made_anew(pair, tmp_path, monkeypatch, capsys):
+    """Also those of files from before graders had names. The file stays as it is."""
+    records = store(pair, tmp_path)
+    file = only_file(tmp_path)
+    before = file.read_bytes()
+    capsys.readouterr()
+    assert store(pair, tmp_path) == records
+    assert "grader" not in capsys.readouterr().out
+
+    monkeypatch.setattr(stored, "grader", lambda: "another")
+    monkeypatch.setattr(grading, "extract_answer", lambda text, kind: "1")
+    again = store(pair, tmp_path)
+    assert all(record["right"] == [True] * 3 for record in again)
+    assert [record["paths"] for record in again] == [record["paths"] for record in records]
+    assert "those of 5 problems were graded by another version" in capsys.readouterr().out
+    assert file.read_bytes() == before
 
 
 class Counted:

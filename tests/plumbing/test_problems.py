@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError
 
 from plumbing import problems as room
-from plumbing.problems import Problem, instruction, read_problems, read_sources, without_held_out
+from plumbing.problems import (
+    Problem, instruction, read_problems, read_sources, without_held_out, without_repeats)
 
 
 def test_read_problems_from_lines_and_lists(tmp_path):
@@ -331,6 +332,39 @@ def test_ids_that_two_sources_share_are_told_apart_by_the_source(tmp_path, hub):
 def test_no_source_is_refused(paths):
     with pytest.raises(ValueError, match="data: found no source"):
         read_sources(paths)
+
+
+def test_a_local_copy_of_aime_is_cut_at_the_same_year(tmp_path):
+    """Recognised by its columns: the paper tests on the years after 2023."""
+    file = tmp_path / "aime.csv"
+    with open(file, "w", newline="") as stream:
+        csv.writer(stream).writerows(AIME)
+    assert [problem.id for problem in read_problems(file)] == ["1983-1", "2023-II-15"]
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"problem": "a", "answer": "1", "year": 2024}))
+    assert [problem.answer for problem in read_problems(file)] == ["1"]
+
+
+@pytest.mark.parametrize("one, other, same", (
+    ("Find $x$ if $x+1=2$.", "Find x if x + 1 = 2.", True),
+    ("Find \\(x\\).", "find $x$.", True),
+    ("Find $\\frac{1}{2}$.", "Find \\frac12.", True),
+    ("Find $x+1$.", "Find $x-1$.", False),
+    ("Find $2(3+4)$.", "Find $23+4$.", False),
+    ("Find $1.5$.", "Find $15$.", False)))
+def test_a_text_in_other_dress_is_the_same(one, other, same):
+    first = Problem("a", one, "1")
+    second = Problem("b", other, "1")
+    assert without_held_out([first], [second]) == (([], [first]) if same else ([first], []))
+    kept, dropped = without_repeats([first, second])
+    assert (kept, dropped) == (([first], [second]) if same else ([first, second], []))
+
+
+def test_choices_with_other_options_are_other_problems():
+    first = Problem("a", "Which?", "A", {"A": "1", "B": "2"})
+    second = Problem("b", "Which?", "A", {"A": "3", "B": "2"})
+    third = Problem("c", "Which ?", "B", {"A": "1", "B": "2"})
+    assert without_repeats([first, second, third]) == ([first, second], [third])
 
 
 def test_held_out_problems_are_dropped_by_their_text_and_reported():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import GOLDEN, NAMES, golden, write_tokenizer
+from tokenizers import processors
 
 from plumbing import chat_template
 from plumbing.problems import Problem, instruction
@@ -64,6 +65,36 @@ def test_chat_formats(tmp_path, name):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     if special:
         assert special[1] not in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_what_training_left_in_the_file_cuts_no_prompt(tmp_path):
+    """Many fine-tuned uploads hold the truncation and padding of their training."""
+    plain = Tokenizer(write_tokenizer(tmp_path / "plain"))
+    folder = write_tokenizer(tmp_path / "left")
+    plain.library.enable_truncation(5)
+    plain.library.enable_padding(length=12, direction="left")
+    plain.library.save(str(folder / "tokenizer.json"))
+    assert "max_length" in (folder / "tokenizer.json").read_text()
+    ids = Tokenizer(folder).prompt(TEXT)
+    assert ids == Tokenizer(tmp_path / "plain").prompt(TEXT)
+    assert len(ids) > 12
+
+
+def test_a_base_models_prompt_begins_as_its_tokenizer_begins_texts(tmp_path, transformers):
+    """Llama's tokenizer puts its BOS there. Where raw is asked for, the text is all."""
+    folder = write_tokenizer(tmp_path, ("<|begin_of_text|>", "<s>"))
+    library = Tokenizer(folder).library
+    begin = library.token_to_id("<|begin_of_text|>")
+    library.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)])
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.format == "raw"
+    assert tokenizer.prompt(TEXT) == [begin, *tokenizer.encode(TEXT)]
+    assert tokenizer.ask(Problem("1", TEXT, "2")) == tokenizer.prompt(TEXT)
+    assert Tokenizer(folder, "raw").prompt(TEXT) == tokenizer.encode(TEXT)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert tokenizer.prompt(TEXT) == theirs(TEXT)["input_ids"]
 
 
 def test_a_format_may_be_given(tmp_path):

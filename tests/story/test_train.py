@@ -875,6 +875,20 @@ def test_another_run_in_the_same_folder_is_refused(run, few):
         train_command.run(small(lr=0.5, test=few, out=str(run)))
 
 
+def test_other_end_tokens_in_the_same_folder_are_refused(run, few, monkeypatch):
+    """As somebody does who corrects them after a warning: rollouts would end elsewhere."""
+    open_model = train_command.open_model
+
+    def with_another_end(settings):
+        model, tokenizer = open_model(settings)
+        model.config.eos_ids = (*model.config.eos_ids, 5)
+        return model, tokenizer
+
+    monkeypatch.setattr(train_command, "open_model", with_another_end)
+    with pytest.raises(ValueError, match=r"eos_ids: found \[.*\], expected \[.*5\] as asked"):
+        train_command.run(small(test=few, out=str(run)))
+
+
 def test_a_folder_at_work_is_refused(few, tmp_path):
     with locked(tmp_path):
         with pytest.raises(ValueError, match="another process is at work there"):
