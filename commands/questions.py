@@ -3,9 +3,10 @@ record.
 
     python stop.py --data questions.jsonl --out answers.jsonl --budget 1400
 
-Each line of the file holds: id, problem, prompt (a digest of its token ids), expected and right
-(where the right answer is known), answer (by score), majority, votes ({answer: number of paths,
-weight}), scores ({path: score} of those that went on), tokens, n, kept, seal. A run that was killed
+Each line of the file holds: id, problem, prompt (a digest of its token ids), answer (by score),
+majority, votes ({answer: number of paths, weight}), scores ({path: score} of those that went on),
+tokens, n, kept, seal; where the right answer is known, also expected, kind, right and
+majority_right. A run that was killed
 goes on behind its last record; several processes (torchrun) share the questions.
 """
 import contextlib

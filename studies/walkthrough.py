@@ -163,7 +163,7 @@ def ask(walk):
     page.write(
         "The embedded toy counts things through a story with traps. Its right readings are known, "
         "so every step can be held against the truth. The question was chosen among the 300 of "
-        "`toy/test.jsonl` because STOP separates its paths clearly; the README has the figures "
+        "`toy/test.jsonl` because STOP separates its paths clearly; RESULTS.md has the figures "
         "over all of them. This page is the output of `python studies/walkthrough.py`; a line with "
         "a tick is an assertion in that script.")
     page.write("## The question x")
@@ -406,7 +406,7 @@ def count_votes(walk, paths, whole):
     page.claim(not same_answer(vote(all_answers), problem.answer),
                "without the check the wrong paths would have outvoted the right ones")
     page.claim(spent < unpruned, f"the check saved {1 - spent / unpruned:.0%} of the tokens. One "
-               "question shows how it works, and proves nothing: the README has the table over 300")
+               "question shows how it works, and proves nothing: RESULTS.md has the table over 300")
 
 
 def ends_early(walk, whole):

@@ -21,7 +21,7 @@ row.
 | implementation | dtype | decoder | score | training step | sampler | whole run | cases |
 |---|---|---|---|---|---|---|---|
 {lines}
-NOT SHOWN: not all of the level was handed in. Our rooms and the two ports in `tests/` ran with
+NOT SHOWN: not all of the level was handed in. This project and the two ports in `tests/` ran with
 torch 2.13.0, transformers 5.24.0 and PEFT 0.21.2 on a CPU, attention `eager` in transformers.
 No engine (vLLM, SGLang, llama.cpp) has been tried.
 """
