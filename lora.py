@@ -31,7 +31,8 @@ class LoRA(nn.Module):
     """Low-rank pairs for the linears of `model` whose last name is in `targets`; None: in TARGETS.
 
     Parameters are named as PEFT names them on disk, behind its `base_model.model.`: `<linear's
-    name>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r). They are float32 also beside a bfloat16 model.
+    name>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r). They are float32 also beside a
+    bfloat16 model.
     Raises ValueError on a target that the model does not have.
     """
 

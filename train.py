@@ -9,7 +9,8 @@ checkpoint is a prefix, and the share of its 32 continuations that end right is 
 Fit: frozen base model, prefix without gradient; LoRA, [STOP] embeddings and head by AdamW.
 
 Both stand here in plain steps. The script runs engine/stored.py and engine/fit.py, which do the
-same and go on after a kill, and ends with a short evaluation (section 6). `settings` are those of the script (commands/train.py); the paper's:
+same and go on after a kill, and ends with a short evaluation (section 6). `settings` are those of
+the script (commands/train.py); the paper's:
 
     paths 32, low 4, high 28      of a problem; how many of them are right where it stays
     prefix 2048, prefixes 32      the checkpoint (several: "2048,1024"), and cut paths a problem
