@@ -381,6 +381,10 @@ def read_options(options):
                          "--write")
     if options.write is not None and options.fresh is None:
         raise ValueError("--write: found no --fresh, expected --fresh SEED --write DIR")
+    if options.fresh is not None and options.dtype == "bfloat16":
+        raise ValueError("--dtype: found bfloat16 beside --fresh, expected float32: on inputs made "
+                         "from a seed right ports in bfloat16 lie too far apart to be judged; "
+                         "compare the published inputs in bfloat16, and fresh ones in float32")
     if options.fresh is not None and not 0 <= options.fresh < 2 ** 62:
         raise ValueError(f"--fresh: found {options.fresh}, expected 0 to 2 ** 62 - 1")
     if options.folder is not None and not options.folder.is_dir():

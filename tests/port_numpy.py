@@ -814,6 +814,8 @@ class Branching:
     def place(p, w):
         if w == "branch-ties-new":
             return -p["score"]
+        if w == "branch-ties-made":
+            return -p["score"], p["index"]
         later = [-b for b in p["branches"]]
         return -p["score"], p["index"], later if w == "branch-ties-later" else p["branches"]
 

@@ -166,6 +166,8 @@ RUNS = (
         prompt_length=5, first_seed=2 ** 52 + 1, eos_step=61, zero_head=True),
     Run("ended in a cascade", ("R3", "R4", "R6", "R7"), 12, ((4, 8), (8, 4)), 12, 1.3, 50, 0.95,
         prompt_length=7, first_seed=2 ** 41 + 5, eos_step=11),
+    Run("branch ties twice", ("R4", "R9"), 2, ((2, 2, 2), (4, 3, 2), (6, 2)), 10, 1.2, 60, 0.98,
+        prompt_length=6, first_seed=2 ** 47 + 9, eos_step=61, zero_head=True),
     Run("saturated", ("C8", "R4"), 12, ((5, 4),), 9, 1.0, 40, 0.95,
         prompt_length=6, first_seed=2 ** 35 + 3, cases=("mxfp4",)))
 

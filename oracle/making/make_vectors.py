@@ -107,6 +107,8 @@ def shows_enough(name, paths, run, checks):
     """Whether the run's paths show what it is there for."""
     if name == "branch ties":
         return sum(bool(path.branches) for path in paths) == 9
+    if name == "branch ties twice":
+        return sum(len(path.branches) == 2 for path in paths) == 6
     if name == "ended in a cascade":
         first, second = [stage[0] for stage in run["stages"]]
         left = [path for path in paths if path.status == "pruned" and path.ids[-1] in run["eos_ids"]

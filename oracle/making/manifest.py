@@ -43,7 +43,8 @@ def write(out):
         "float32": {
             "states": rounding.STATES, "stop.states": rounding.STOP_STATES,
             "logits": rounding.LOGITS, "scores": rounding.SCORES, "loss": rounding.LOSS,
-            "grad": rounding.GRADIENTS, "probabilities": compare.PROBABILITY},
+            "grad": rounding.GRADIENTS, "probabilities": compare.PROBABILITY,
+            "times_float32": rounding.FLOAT32},
         "bfloat16": allowed_in(read_json(bfloat16)),
         "files": described_files(out)})
 

@@ -1,12 +1,14 @@
 """Measure how far implementations in bfloat16 lie from float32: writes bfloat16.json.
 
-    python oracle/making/measure_bfloat16.py [--seeds 1-6]
+    python oracle/making/rooms.py --out rooms-bf16 --dtype bfloat16
+    python tests/port_transformers.py --out transformers-bf16 --dtype bfloat16
+    python oracle/making/measure_bfloat16.py --hand-ins rooms-bf16,transformers-bf16
 
 For each seed our rooms compute the fresh prefixes of every case (their first 64 tokens) in
 bfloat16 and in float32, whose own rounding is a thousandth of that. Of each row the largest
 distance of all entries is kept, and the largest mean over the entries of a seed; and beside it what
-1.0 had measured on the published inputs, of our rooms and of transformers with PEFT: of all that
-the largest. Runs are as 1.0 measured them.
+was handed in for the published inputs, of our rooms and of transformers with PEFT: of all that the
+largest. Runs are as 1.0 measured them. --seeds 21-40 --out FILE measures other seeds.
 """
 import argparse
 import sys
@@ -65,6 +67,24 @@ def measure(case, first, last):
     return found
 
 
+def measure_hand_ins(folders):
+    """{case: {row: {"largest", "mean"}}} of what lies in some folders, for the published inputs."""
+    found = {}
+    for case in cases.CASES:
+        expected = read_json(HERE / "vectors" / case.name / "expected.json")
+        allowed = read_json(HERE / "vectors" / case.name / "allowed.json")
+        for folder in folders:
+            rows = read_json(folder / f"{case.name}.json")
+            for row in rounded.ARRAYS + ("logits",):
+                if rows.get(row) is None or row not in expected:
+                    continue
+                off = rounded.distances(row, expected[row], rows[row], allowed)
+                known = found.setdefault(case.name, {}).get(row, {})
+                found[case.name][row] = {key: value for key, value in summary(
+                    [list(off.values())], known).items() if key != "count"}
+    return found
+
+
 def summary(entries, known):
     """The largest of a row's distances and of what was known."""
     return {
@@ -77,10 +97,16 @@ def main():
     """Measure all, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="1-6", help="as in 1-6")
-    first, last = map(int, parser.parse_args().seeds.split("-"))
+    parser.add_argument("--out", type=Path, default=FILE, help="file to write")
+    parser.add_argument("--hand-ins", help="folders of bfloat16's answers to the published inputs")
+    settings = parser.parse_args()
+    first, last = map(int, settings.seeds.split("-"))
     torch.set_num_threads(1)
     written = read_json(FILE)
-    written["inputs"] = f"fresh seeds {first} to {last} of our rooms; the published ones of 1.0"
+    if settings.hand_ins is not None:
+        written["published"] = measure_hand_ins(list(map(Path, settings.hand_ins.split(","))))
+    written["inputs"] = (f"fresh seeds {first} to {last} of our rooms; the published ones, of our "
+                         "rooms and of transformers with PEFT")
     for case in cases.CASES:
         rows = {}
         for row, entries in measure(case, first, last).items():
@@ -89,7 +115,7 @@ def main():
             rows["layers"] = rows["hidden"]  # before the final norm they lie no further off
         written["rows"][case.name] = rows
         print(case.name, flush=True)
-    write_atomic(FILE, to_json(written) + "\n")
+    write_atomic(settings.out, to_json(written) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,11 +77,12 @@ BRANCHES = {
     "branch-ended": "paths that have ended branch too",
     "branch-ties-new": "of equal scores the paths that branched first stay, whatever their index",
     "branch-ties-later": "of equal scores the later branch stays",
+    "branch-ties-made": "of equal scores of one index the paths that were made first stay",
     "branch-whole": "a branch shows the tokens behind its branching only"}
 
 
 # Runs on which mistakes in the paths and behind the check are not tried: they take time
-NOT_TRIED = ("branch ties", "ended in a cascade", "saturated")
+NOT_TRIED = ("branch ties", "branch ties twice", "ended in a cascade", "saturated")
 
 
 class Rows:
@@ -413,6 +414,8 @@ def branching_run(rows, run, wrong):
             place = later_branches_first
         if wrong == "branch-ties-new":
             place = by_score_alone
+        if wrong == "branch-ties-made":
+            place = by_score_and_index
         alive.sort(key=place)
         for path in alive[keep:]:
             path["status"] = "pruned"
@@ -447,6 +450,11 @@ def later_branches_first(path):
 def by_score_alone(path):
     """The same, with ties left in the order in which the paths came to be."""
     return -path["score"]
+
+
+def by_score_and_index(path):
+    """The same, with ties of one index left in that order."""
+    return -path["score"], path["index"]
 
 
 def branched(path, length, copies, wrong):

@@ -449,6 +449,18 @@ def test_implementations_are_those_of_the_reports():
     assert (ROOT / "IMPLEMENTATIONS.md").read_text() == implementations.text()
 
 
+def test_reports_are_of_these_vectors():
+    """Each says which files it was made with, and nothing of the machine that made it."""
+    manifest = VECTORS / "manifest.json"
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    for file in sorted((ORACLE / "reports").glob("*.json")):
+        text = file.read_text()
+        report = json.loads(text)
+        assert report["version"] != json.loads(manifest.read_text())["version"] or (
+            report["manifest_sha256"] == digest), file.name
+        assert not re.search(r'(^|[\s"])(/|[A-Z]:\\|https?:)', text), file.name
+
+
 def test_the_vectors_hold_the_edges():
     """Lengths, seeds, indices and ends that earlier vectors lacked."""
     lengths = {
@@ -1049,6 +1061,19 @@ def test_fresh_problems_without_a_model(tmp_path, capsys, monkeypatch):
     assert levels["run"] == "FAIL", text
 
 
+def test_a_port_changed_at_random_is_refused(capsys, monkeypatch):
+    """Places in the numpy port's ranks and votes: what passes changes nothing."""
+    import changed_ports
+
+    monkeypatch.setattr(sys, "argv", ["changed_ports.py", "--part", "choices"])
+    changed_ports.main()
+    *lines, counts = capsys.readouterr().out.splitlines()
+    passing = [line.split()[1] for line in lines if line.startswith("passes")]
+    # The weight of each answer where all weigh the same; what is asked where ties are not `late`
+    assert [place.split(":")[0] for place in passing] == ["votes"] * 3, passing
+    assert json.loads(counts)["places"] == len(lines) > 15
+
+
 def test_an_engine_is_asked_over_http(capsys, monkeypatch):
     """A server that answers scores and the sampler, and does not offer the rest."""
     import http.server
@@ -1269,11 +1294,13 @@ def test_a_hand_in_of_gigabytes_is_one_line(tmp_path, capsys, monkeypatch):
         ("level", "--levels: found 'all'"),
         ("write", "--write"),
         ("nothing", "expected one of DIR"),
+        ("fresh bfloat16", "--dtype: found bfloat16 beside --fresh, expected float32"),
     ),
 )
 def test_bad_outputs(tmp_path, capsys, monkeypatch, what, message):
     """Exit status 2 and one line that names the file."""
-    words = {"case": ["--cases", "llama"], "level": ["--levels", "all"]}.get(what, [])
+    words = {"case": ["--cases", "llama"], "level": ["--levels", "all"],
+             "fresh bfloat16": ["--fresh", 7, "--dtype", "bfloat16"]}.get(what, [])
     folder = [tmp_path]
     if what == "no folder":
         folder = [tmp_path / "no"]
