@@ -491,23 +491,27 @@ def fresh_model_free(name, seed):
     if name == "choices":
         ranks = []
         votes = []
-        for _ in range(12):
+        for i in range(12):
             scores = torch.randint(0, 6, (number(2, 12),), generator=generator).float() / 7
             ranks.append({"clauses": [], "scores": scores.numpy(),
-                          "keep": number(1, len(scores))})
+                          "keep": number(1, len(scores)) if i % 4 else 1})
             count = number(1, 9)
             answers = [[None, "1/2", "0.5", "3", "4", "-2"][number(0, 5)] for _ in range(count)]
             weights = [number(0, 8) / 8 for _ in range(count)] if number(0, 1) else None
             votes.append({"clauses": [], "answers": answers, "weights": weights, "kind": "math"})
         return {"name": name} | described(name, {"ranks": ranks, "votes": votes})
     problems = []
-    for _ in range(12):
+    for i in range(12):
         logits = torch.randn(number(5, 400), generator=generator).numpy() * number(1, 4)
-        problems.append(distribution(
-            "fresh", [], logits, number(2, 20) / 10, number(0, 60), number(1, 20) / 20))
+        temperature = number(2, 20) / 10 if i % 6 < 5 else 0  # and of equals, too:
+        top_k = number(1, 60) if i % 4 else 0
+        top_p = number(1, 20) / 20 if i % 4 != 1 else 1.0
+        problems.append(distribution("fresh", [], np.round(logits) if i % 3 == 2 else logits,
+                                     temperature, top_k, top_p))
     drawn = []
-    for _ in range(6):
+    for i in range(6):
         probs = torch.rand(number(3, 300), generator=generator).softmax(-1).numpy()
+        probs = probs * number(5, 9) / 10 if i % 2 else probs  # sums other than one
         numbers = torch.rand(12, generator=generator, dtype=torch.float64).tolist()
         drawn.append(draw_problem("fresh", [], probs, numbers))
     keys = []
