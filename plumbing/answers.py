@@ -7,6 +7,7 @@ takes bounded work. Looked up, not run: sample.py extracts and grades, stop.py's
 import re
 
 from plumbing.arithmetic import CLOSE
+from plumbing.claims import claims_of, is_in_its_base, without_spaces_before_letters
 from plumbing.readings import readings_of, same_reading
 
 MAX_ANSWER = 400  # characters; a longer answer equals only itself, which bounds the work
@@ -23,18 +24,30 @@ _NEXT_TURN = ("<|im_start|>user", "<|start_header_id|>user", "<|start|>user", "<
               "<｜User｜>", "<|user|>")
 _TURN_END = re.compile(f"(?:{'|'.join(map(re.escape, END_OF_TURN + _NEXT_TURN))})(?! *}})")
 _TEMPLATE_MARKS = re.compile(r"<[|｜][^<>\n]{0,40}[|｜]>")
-_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]")
+_BRACES = re.compile(
+    r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]"
+    # \boxed 18, without braces: a number or a choice's letter
+    r"|\\(?:boxed|fbox)\s*(?:(?P<number>-?[0-9][0-9.,/]*)(?=[\s$*)]|\\[)\]]|$)"
+    r"|(?P<letter>(?<=\s)[A-F])(?=[.$)]|\\[)\]]|\s*$))")
 # Spaces and spacing macros at the end of a text, in reverse: "57\ " is 57, "57\, " too.
 _SPACING_REVERSED = re.compile(r"(?:[\s,;:!]\\(?!\\)|\s|~)*")
 
 MAX_LAST_LINE = 1000  # characters in which a verdict is looked for
 MAX_BOXES = 8  # of one answer
-# Between two boxes that are one answer: a comma or an "and", and nothing that turns or goes on.
+# Between two boxes that are one answer stand a comma or an "and", and nothing but names and what
+# lists the like: another word tells of another quantity ("spends 12, leaving her with 30"), and so
+# does a formula (m = 3 and n = 4, and m + n = 7).
 _LISTS = re.compile(r"[,;&]|\b(?:and|or)\b")
-_GOES_ON = re.compile(
-    r"[.?!][^\w\s]*\s|\n\s*\n|\\implies|\\[Rr]ightarrow|\b(?i:but|wait|actually|no|not|instead"
-    r"|rather|so|thus|hence|then|therefore|which|that is|i\.e|namely|equals?|simplif\w*"
-    r"|approximately|about|check\w*|verif\w*|because|since|if|when)\b")
+_SENTENCE_ENDS = re.compile(r"[.?!][^\w\s]*\s|\n\s*\n")
+# A unit behind the box: degrees, percent, in \text, or one word ("4 apples and 3 pears").
+_UNIT_BEHIND = re.compile(
+    r"(?:\s|\^\s*\{?\s*\\circ\s*\}?|\\[%$,;)\]]|[$%°*])*"
+    r"(?:\\(?:text|mathrm)\s*\{(?!\W*(?:and|or)\b)[^{}]*\}"
+    r"|(?!(?:and|or|each)\b)[a-z]{2,}(?=,? (?:and|or) |,))?")
+_WORDS_BETWEEN = frozenset(
+    """and or also either both the other another one second third fourth next as well for is are
+    solution solutions root roots zero zeros pi angle triangle text textbf mathrm mathbf quad qquad
+    left right alpha beta gamma theta lambda mu phi omega""".split())
 
 _WRAP = "boxed|text|textbf|textit|textrm|textsf|mathbf|mathrm|mathsf|mathit|bm|boldsymbol"
 # Neither the start of a word or formula (C6H6, D'Alembert), nor the article in "answer: a good
@@ -51,6 +64,12 @@ _SECOND_LETTER = (
     r"(?:[A-F]|(?<=\()[a-f](?=\)))(?![A-Za-z0-9]| (?:is|was|has|would|does|can))"
 )
 _AND_SECOND = re.compile(_SECOND_LETTER)
+_TWO_LETTERS = re.compile(rf"(?:\\[A-Za-z]+|[\W_])*[A-F]{_SECOND_LETTER}")
+# Behind a letter that is denied ("Answer: A is wrong") or is a quantity ("Answer: E = mc^2").
+_NO_CHOICE = re.compile(
+    r"[)\]}*$\"”]{0,6}\s{0,3}(?:[=^+≈]|(?i:(?:is|was|seems|looks|must be|would be) (?:[a-z]+ly )?"
+    r"(?:wrong|incorrect|not|false|invalid|impossible|ruled out|eliminated|out)\b"
+    r"|(?:isn|wasn|can|doesn)['’]t\b|cannot\b|(?:can|does|would) not\b))")
 
 
 def extract_answer(text, kind="math", whole=False):
@@ -61,9 +80,12 @@ def extract_answer(text, kind="math", whole=False):
     prompt opened `<think>`, the caller puts it before the response.
     Nothing counts behind the first mark that ends a turn (END_OF_TURN) or opens the user's.
     "math": the last balanced \boxed{...} or \fbox{...}, with those before it in a list in the same
-    sentence ("$\boxed{4}$ and $\boxed{7}$" is "4, 7").
-    "choice": the last `answer: letter`, else a boxed letter, else one alone on the last line, else
-    one that the last line states in prose ("The correct answer is **B**."). Two letters are none.
+    sentence ("$\boxed{4}$ and $\boxed{7}$" is "4, 7", but a box behind "so the total is" stands
+    alone), or a number behind \boxed without braces.
+    "choice": the last `answer: letter` or the last boxed letter, whichever stands later, else one
+    alone on the last line, else one that the last line states in prose ("The correct answer is
+    **B**."). Two letters are none; nor is one that is denied ("Answer: A is wrong") or computed
+    with ("Answer: E = mc^2").
     """
     if not isinstance(text, str):
         return None
@@ -71,9 +93,10 @@ def extract_answer(text, kind="math", whole=False):
     if not whole:
         text = _after_thinking(text)
     text = _TEMPLATE_MARKS.sub("", text).rstrip()
-    box = _boxed(text)
+    boxes = _boxes(text)
+    box = _boxed(text, boxes)
     if kind == "choice":
-        return _chosen_letter(text, box)
+        return _chosen_letter(text, box, boxes[-1][0] if boxes else -1)
     return box
 
 
@@ -97,18 +120,15 @@ def _first_turn(text):
     return text if "<|channel|>" in text else text.partition("<|end|>")[0]
 
 
-def _boxed(text):
-    r"""The content of the last balanced, non-blank \boxed{...} or \fbox{...}, or None; of several
-    that are listed in one sentence their contents in a list."""
-    boxes = _boxes(text)
+def _boxed(text, boxes):
+    """The content of the last of a text's boxes, or None; of several that are listed in one
+    sentence their contents in a list."""
     if not boxes:
         return None
-    _, end, content = boxes[-1]
-    contents = [content]
+    contents = [boxes[-1][2]]
     for place in range(len(boxes) - 1, max(0, len(boxes) - MAX_BOXES), -1):
         _, end, content = boxes[place - 1]
-        between = text[end : boxes[place][0]]
-        if len(between) > 200 or not _LISTS.search(between) or _GOES_ON.search(between):
+        if not _lists(text[end : boxes[place][0]]):
             break
         contents.insert(0, content)
     different = []
@@ -118,8 +138,25 @@ def _boxed(text):
     return ", ".join(different)
 
 
+def _lists(between):
+    """Whether what stands between two boxes makes them one list."""
+    if len(between) > 200 or not _LISTS.search(between) or _SENTENCE_ENDS.search(between):
+        return False
+    between = _UNIT_BEHIND.sub("", between, count=1).replace("**", "")
+    if re.search(r"[-+*/^<>|]", between):
+        return False
+    words = re.findall(r"[A-Za-z]+", between)
+    return all(word.lower() in _WORDS_BETWEEN or _is_name(word) for word in words)
+
+
+def _is_name(word):
+    """Whether a word is a variable (x), a line or an angle (AB, ABC)."""
+    return len(word) == 1 or len(word) <= 3 and word.isupper()
+
+
 def _boxes(text):
-    """(begin, end, content) of the innermost balanced boxes that are not blank, in order."""
+    """(begin, end, content) of the innermost boxes, balanced and not blank or without braces, in
+    order."""
     boxes = []
     opened = []  # per open brace: (begin, where its content begins) of a box; None of no box
     innermost = -1
@@ -131,6 +168,10 @@ def _boxes(text):
                 if content:
                     boxes.append((box[0], match.end(), content))
                     innermost = box[0]
+        elif match["number"] or match["letter"]:
+            content = match["letter"] or match["number"].rstrip(".,/")
+            boxes.append((match.start(), match.end(), content))
+            innermost = match.start()
         elif match[1]:
             opened.append((match.start(), match.end()))
         elif match[0] == "{":
@@ -145,15 +186,34 @@ def _without_spacing(content):
     return content[: len(content) - spacing.end()]
 
 
-def _chosen_letter(text, box):
-    """The letter that a response to a multiple-choice question gives, or None."""
-    fields = list(_FIELD.finditer(text))
-    if fields:
-        field = fields[-1]
+def _chosen_letter(text, box, box_begin):
+    """The letter that a response to a multiple-choice question gives, or None. box: the content of
+    its last box, which begins at `box_begin`, or None."""
+    letter_in_box = _letter(box or "") or _option(box or "")
+    field = _last_field(text)
+    if field and box_begin > field.start(1):
+        if letter_in_box:
+            return letter_in_box
+        if _TWO_LETTERS.match(box):
+            return None
+    if field:
         return None if _AND_SECOND.match(text, field.end()) else field[1].upper()
     last_line = text.rpartition("\n")[2]
-    return (_letter(box or "") or _option(box or "") or _letter(last_line)
-            or _bold_option(last_line) or _stated_letter(text))
+    return (letter_in_box or _letter(last_line) or _bold_option(last_line)
+            or _stated_letter(text))
+
+
+def _last_field(text):
+    """The match of the last `answer: letter` that stands: neither it nor a later one of the same
+    letter is denied. None if there is none."""
+    standing = {}
+    for field in _FIELD.finditer(text):
+        letter = field[1].upper()
+        if _NO_CHOICE.match(text, field.end()):
+            standing.pop(letter, None)
+        else:
+            standing[letter] = field
+    return max(standing.values(), key=lambda field: field.start(), default=None)
 
 
 def _letter(text):
@@ -276,20 +336,35 @@ _MANY_DECIMALS = re.compile(r"\.[0-9]{9}")
 def same_answer(answer, reference, kind="math"):
     r"""Whether an extracted answer equals the published one. Never raises; bounded work.
 
-    None or blank equals nothing. "choice": the same letter. "math": as `same_vote`, and a decimal
-    of nine or more places equals what it rounds (to a relative 1e-9). Of a reference
+    None or blank equals nothing. "choice": the same letter. "math": as `same_vote`, but only the
+    brackets of the reference fix the order of a list, and a decimal of nine or more places equals
+    what it rounds (to a relative 1e-9). A reference accepts more than a vote unites
+    (`claims.py`): the value that a last equation states (m + n = 204 is 204), an inequality for
+    its interval, the digits of a number in another base, 4 h for 4h. Of a reference
     `080 or 081 (both were accepted)` either is right.
     """
     if same_vote(answer, reference, kind):
         return True
     if kind == "choice" or not isinstance(answer, str) or not isinstance(reference, str):
         return False
-    if len(reference) > MAX_ANSWER:
+    answer = answer.strip()
+    reference = reference.strip()
+    if max(len(answer), len(reference)) > MAX_ANSWER:
         return False
-    if _MANY_DECIMALS.search(answer) or _MANY_DECIMALS.search(reference):
-        return _same_meaning(answer.strip(), reference.strip(), ROUNDED)
-    accepted = _accepted(reference.strip())
-    return any(same_vote(answer, one, kind) for one in accepted)
+    many_decimals = _MANY_DECIMALS.search(answer) or _MANY_DECIMALS.search(reference)
+    tolerance = ROUNDED if many_decimals else CLOSE
+    return any(_accepts(one, answer, tolerance) for one in _accepted(reference))
+
+
+def _accepts(reference, answer, tolerance):
+    """Whether one reference has a reading of an answer, or claims what the answer claims."""
+    if _same_meaning(answer, reference, tolerance) or is_in_its_base(reference, answer):
+        return True
+    claims = claims_of(answer, reference)
+    if any(same_reading(claim, expected, tolerance) for claim, expected in claims):
+        return True
+    joined = [without_spaces_before_letters(text) for text in (answer, reference)]
+    return joined != [answer, reference] and _same_meaning(*joined, tolerance)
 
 
 def same_vote(answer, other, kind="math"):
@@ -299,9 +374,10 @@ def same_vote(answer, other, kind="math"):
     and equations with variables by their values at fixed points; the rest as text (the grammar is
     in `expressions.py`, the spellings in `readings.py`). Units, percent and degree signs are
     dropped (50\% is 50). A name alone on the left may go (x = 5 is 5); \pm gives two. A comma
-    list, bare or in braces, is a multiset; an expected one in ( ) or [ ] (a point, an interval)
-    fixes the order too, and the brackets if the answer has any. `1,234` is one number or two,
-    1\frac12 is 3/2, 2\frac53 is 10/3, 1e-3 is 0.001.
+    list, bare or in braces, is a multiset; one in ( ) or [ ] (a point, an interval) fixes the order
+    too, and the brackets if both have any. `1,234` is one number or two, 1\frac12 is 3/2,
+    2\frac53 is 10/3, 1e-3 is 0.001, 5 million is 5000000. Which of the two comes first changes
+    nothing.
     """
     if not isinstance(answer, str) or not isinstance(other, str):
         return False
@@ -312,7 +388,7 @@ def same_vote(answer, other, kind="math"):
         return letter is not None and letter == _letter(other)
     if answer == other:
         return answer != ""
-    return _same_meaning(answer, other)
+    return _same_meaning(answer, other) and _same_meaning(other, answer)
 
 
 def _same_meaning(answer, other, tolerance=CLOSE):

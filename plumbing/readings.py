@@ -21,18 +21,43 @@ _CHARACTERS = str.maketrans({
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
     "∞": r"\infty ", "∅": r"\emptyset ", "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ",
     "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "φ": r"\phi ",
+    "．": ".", "－": "-", "＋": "+", "／": "/", "＜": "<", "＞": ">", "ℝ": r"\mathbb{R}",
+    **{chr(ord("０") + digit): str(digit) for digit in range(10)},
     "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"})
 
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:bf|it|rm|sf)|mbox|boldsymbol)"
 _NAMES = "|".join(FUNCTIONS)
 _SQUARED = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
-# Units: in \text, as words (but no functions, products, AM and PM), as letters.
+# Units: in \text, as words (but no functions, products, AM and PM), as letters. A word of two or
+# three letters is a product of variables (rs, 2rh), unless it is one of these, or a syllable (cup).
+_SHORT_UNITS = """
+    mm cm dm km nm µm in ft yd mi mil sq cu mg kg lb lbs oz ml mL cl cL dl dL kL gal qt pts tsp tbsp
+    hr hrs sec secs min ms ns wk wks mo yr yrs day days mph kph kmh mpg rpm fps Hz kHz MHz GHz Pa
+    kPa kB MB GB TB kJ MJ kW MW kWh mA mV kV eV keV MeV kN mol atm psi dB ppm deg rad rev
+    USD EUR GBP usd eur gbp pcs egg pie bee tie tea pea eye ear owl ant art ace act ads ape age ice
+    oar out all old of to per""".split()
+_JOINING = r"(?:an?|at|by|as|on|is|so|the)(?![A-Za-z])"  # between the words of a unit
+_NO_UNIT = (r"(?!(?:[abcxyz]{2,}|abcd|pi|sqrt|if|mod|[AaPp][Mm]|sec(?!\s*(?:$|,))|"
+            rf"(?:{'|'.join(name for name in FUNCTIONS if name != 'sec')})[ABCntxyz]?)"
+            r"(?![A-Za-z]))")
 _TEXT_UNIT = rf"{_TEXT}\s*\{{(?!\s*(?:[ie]|[AaPp]\.?[Mm]\.?)\s*\}})[^{{}}]*\}}"
-_WORD_UNIT = (r"(?!(?:[abcxyz]{2,3}|pi|sqrt|if|[AaPp][Mm]|" + _NAMES + r")(?![A-Za-z]))"
-              r"[A-Za-zµ]{2,}")
+_WORD_UNIT = (
+    rf"{_NO_UNIT}(?:(?:{'|'.join(_SHORT_UNITS)})\.?|[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tv-z]"
+    r"|(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{4,})(?![A-Za-z])")
 _LETTER_UNIT = r"[msghNJVWKLCA](?![A-Za-z])"
-_MORE_UNITS = (rf"{_SQUARED}(?:[ */-]*(?:{_TEXT_UNIT}|{_WORD_UNIT}|{_LETTER_UNIT}){_SQUARED})*"
+_MORE_UNITS = (rf"{_SQUARED}(?:[ */-]*"
+               rf"(?:{_TEXT_UNIT}|{_WORD_UNIT}|{_JOINING}|{_LETTER_UNIT}){_SQUARED})*"
                r"(?=\s*(?:$|,|\\approx|[)\]&]|\\cr))")  # to the end of an item
+_UNIT_IN_FRACTION = rf"\{{\s*(?:{_TEXT_UNIT}|{_WORD_UNIT}){_SQUARED}\s*\}}"
+_NUMBER_WORDS = {
+    "hundred": "*100", "thousand": "*1000", "million": "*1000000", "billion": "*10^{9}",
+    "trillion": "*10^{12}", "dozen": "*12", "lakh": "*100000", "crore": "*10000000",
+    "thirds": "/3", "fourths": "/4", "fifths": "/5", "sixths": "/6", "sevenths": "/7",
+    "eighths": "/8", "ninths": "/9", "tenths": "/10", "hundredths": "/100", "thousandths": "/1000"}
+_NUMBER_WORD = rf"(?i:{'|'.join(sorted(_NUMBER_WORDS, key=len, reverse=True))})"
+_SIZES = r"tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge"
+_IN_BRACES = r"(?:[^{}]|\{[^{}]*\})*?"
+_NOT_NESTED = r"(?:[^,=()\[\]{}]|\{[^{}]*\})*?"
 
 
 def _mixed_number(match):
@@ -41,6 +66,13 @@ def _mixed_number(match):
     if int(numerator) < int(denominator):
         return f"({whole}+{fraction})"
     return match[0]
+
+
+def _number_words(match):
+    r"""5\text{ million dollars} -> 5*1000000\text{ dollars}"""
+    words = re.findall(_NUMBER_WORD, match[2])
+    factors = [_NUMBER_WORDS[word.lower()] for word in words]
+    return "".join(factors) + (match[1] or "")
 
 
 def _both_signs(match):
@@ -60,15 +92,30 @@ def _repeating(match):
 # (tests/test_answers.py reads these comments).
 _REWRITES = [
     (r"\\\\(?:\[[0-9a-z]*\])?|\\newline(?![A-Za-z])", r"\\cr "),  # 3\\4 -> 3\cr 4
+    (rf"{_TEXT}\s*\{{\s*([-+,;€£¥]?)\s*\}}", r"\1"),  # \text{-}3 -> -3
     (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),  # 2\cdot 3 -> 2* 3
     (r"\\div(?![A-Za-z])", "/"),  # 6\div 3 -> 6/ 3
     (r"\{,\}(?![0-9]{3}(?![0-9]))", "."),  # 3{,}14 -> 3.14
     (  # $\left(1{,}234\right)$ -> (1234)
-        r"\\!|\{,\}|\\?[$%]|\\[()\[\]]"
+        r"\\!|\{,\}|\\?[$%]|[€£¥₹]|\\(?:pounds|euro|texteuro)(?![A-Za-z])|\\[()\[\]]"
         r"|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits)(?![A-Za-z])",
         "",
     ),
     (r"\\(?:[,;:> ]|q?quad(?![A-Za-z])|(?:thin|med)space(?![A-Za-z]))|~|\s+", " "),  # 5\,m -> 5 m
+    (  # \color{red}{204} -> {204}
+        r"\\(?:text)?color\s*\{[A-Za-z0-9!]*\}"
+        rf"|\\(?:bf|it|sf|tt|em|scriptstyle|underline|emph|bm|pmb|{_SIZES})(?![A-Za-z])",
+        "",
+    ),
+    (r"\{\s*\\rm(?![A-Za-z])\s*([^{}]*)\}", r"\\text{\1}"),  # 5 {\rm cm} -> 5 \text{cm}
+    (  # {\sqrt{3} \over 2} -> \frac{\sqrt{3} }{ 2}
+        rf"\{{({_IN_BRACES})\\over(?![A-Za-z])({_IN_BRACES})\}}",
+        r"\\frac{\1}{\2}",
+    ),
+    (  # 1 \over 2 -> \frac{1 }{ 2}
+        rf"(^|[,=])({_NOT_NESTED})\\over(?![A-Za-z])([^,=()\[\]]+)",
+        r"\1\\frac{\2}{\3}",
+    ),
     (r"\*\*", "^"),  # 2**3 -> 2^3
     (r"\\[lr]?[vV]ert(?![A-Za-z])", "|"),  # \lvert x\rvert -> | x|
     (r"\\leq?(?:slant)?(?![A-Za-z])|<=", r"\\le "),  # x\leq 3 -> x\le  3
@@ -86,7 +133,7 @@ _REWRITES = [
         "°",
     ),
     (  # 2\text{ and }3 or 4 -> 2,3,4
-        rf",?\s*{_TEXT}\s*\{{\s*(?:and|or)\s*\}}|,? (?:and|or) |;",
+        rf",?\s*{_TEXT}\s*\{{\s*,?\s*(?:and|or)\s*\}}|,? (?:and|or) |;",
         ",",
     ),
     (r"√\s*([0-9]+)", r"\\sqrt{\1}"),  # √12 -> \sqrt{12}
@@ -106,18 +153,32 @@ _REWRITES = [
     ),
     (r"[ .,]+$", ""),  # 5 ., -> 5
     (rf"^{_TEXT}\s*\{{([^{{}}]*)\}}$", r"\1"),  # \text{no solution} -> no solution
+    (  # x\in \mathbb{R} -> x\in(-\infty,\infty)
+        r"(^|\\in(?![A-Za-z]))\s*"
+        r"(?:\\mathbb\s*(?:R|\{\s*R\s*\})|(?i:(?:all )?(?:real numbers|reals)))\s*$",
+        r"\1(-\\infty,\\infty)",
+    ),
     (  # {5\choose 2} -> \binom{5}{2}
         r"\{\s*([0-9]+)\s*\\choose(?![A-Za-z])\s*([0-9]+)\s*\}",
         r"\\binom{\1}{\2}",
     ),
+    (  # 2 hundred thousand -> 2*100*1000
+        rf"(?:(?<=[0-9)}}])|(?<=\\pi))\s*({_TEXT}\s*\{{)?((?:\s*{_NUMBER_WORD}s?(?![A-Za-z]))+)",
+        _number_words,
+    ),
+    (  # 60\frac{\text{miles}}{\text{hour}} -> 60
+        rf"(?<=[0-9)}}])\s*\\[dtc]?frac\s*{_UNIT_IN_FRACTION}\s*{_UNIT_IN_FRACTION}(?=\s*(?:$|,))",
+        "",
+    ),
     (  # 5\text{ cm}^2 -> 5
-        rf"(\\pi|[0-9)\]}}!°])\s*{_TEXT_UNIT}{_MORE_UNITS}",
+        rf"(\\pi|[0-9)\]}}!°])\s*/?\s*{_TEXT_UNIT}{_MORE_UNITS}",
         r"\1",
     ),
     (rf"{_TEXT}(?![A-Za-z])|\\f?box(?:ed)?(?![A-Za-z])", ""),  # \textbf{(C)} -> {(C)}
     (r"\\([{}])", r"\1"),  # \{1,2\} -> {1,2}
-    (  # 12 red apples, 5cm^2 -> 12, 5
-        rf"(?<=[0-9)}}])(?:\s*[cmkn]m(?![A-Za-z])|\s+{_WORD_UNIT}){_MORE_UNITS}",
+    (  # 12 red apples, 5cm^2, 18/day -> 12, 5, 18
+        rf"(?<=[0-9)}}])(?:\s*[cmk]m(?![A-Za-z])|(?:\s+|\s*/\s*(?=kg|hr|lb|[A-Za-z]{{3}}))"
+        rf"{_WORD_UNIT}){_MORE_UNITS}",
         "",
     ),
     (  # 10^{-3}m, 5 m/s -> 10^{-3}, 5
@@ -132,6 +193,10 @@ _REWRITES = [
         r"(?<![0-9.^])([0-9]+)\s*(\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\})",
         _mixed_number,
     ),
+    (  # 3 1/2 -> (3+1/2)
+        r"(?<![0-9.^/}])(?<![0-9] )([0-9]+) (([0-9]+)/([0-9]+))(?![0-9/.A-Za-z(!^])",
+        _mixed_number,
+    ),
     (r"([)\]}])\s*U\s*([(\[{])", r"\1\\cup \2"),  # [0,1)U(2,3] -> [0,1)\cup (2,3]
     (r"[^,=]*\\pm[^,=]*", _both_signs),  # 1\pm 2 -> 1+ 2,1- 2
 ]
@@ -139,6 +204,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,(\[])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,
 _TIME = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?((?::[0-9]{2})?)\s*(?:([AaPp])\.?\s*[Mm]\.?)?")
 
 
+@lru_cache(maxsize=4096)  # claims and readings ask for the same few answers
 def rewritten(text):
     """The text in few spellings."""
     text = text.translate(_CHARACTERS)
@@ -193,7 +259,7 @@ def readings_of(text):
     if not text:
         return []
     readings = [reading_of(text)]
-    joined = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    joined = without_thousands_marks(text)
     if joined != text:
         reading = reading_of(joined)
         if not is_small(reading):
@@ -201,9 +267,14 @@ def readings_of(text):
     return readings
 
 
+def without_thousands_marks(text):
+    """A rewritten text with 1,234 as 1234."""
+    return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+
+
 def is_small(reading):
     """Whether a reading is a number under 1000. With thousands marks there is none, so that such
-    numbers have no second reading (`votes.py`)."""
+    numbers have no second reading (`engine/decided.py`)."""
     if reading.values is None:
         return False
     return any(is_number(value) and abs(value) < 1000 for value in reading.values)
