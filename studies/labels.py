@@ -65,9 +65,9 @@ from shared import numbers, read_seeds, require, stored_paths
 
 WAYS = ("outcomes", "rollouts", "mixed")
 LOOKS = (  # of the figure: each way, what it labels, its colour
-    ("outcomes", "every path of many problems", "high"),
-    ("rollouts", "a few prefixes", "bad"),
-    ("mixed", "both", "quiet"))
+    ("outcomes", "of every path", "high"),
+    ("rollouts", "of a few prefixes", "bad"),
+    ("mixed", "of both", "quiet"))
 PAIRS = (("outcomes", "rollouts"), ("mixed", "rollouts"), ("mixed", "outcomes"))
 LEAST_STEPS = 300   # of a fit
 MOST_STEPS = 1200

@@ -13,13 +13,14 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "studies"))
 import budget
+import labels
 import plot
 import rollouts
 from plumbing.statistics import Interval
 
 SVG = "{http://www.w3.org/2000/svg}"
 RESULTS = (ROOT / "studies" / "RESULTS.md").read_text(encoding="utf-8")
-FIGURES = ("budget", "rollouts")
+FIGURES = ("budget", "labels", "rollouts")
 
 
 def parsed(file):
@@ -251,9 +252,20 @@ def rollouts_report():
     return rows, records
 
 
+def labels_rows():
+    """The rows of the table of labels, as the study keeps them."""
+    rows = []
+    for cells in cells_of("How to spend a budget of labels"):
+        rows.append({"labels": cells[1], "tokens": float(cells[2].replace(",", "")),
+                     "avg_40": interval_of(cells[5]), "avg_80": interval_of(cells[9])})
+    return rows
+
+
 def draw(name, file):
     """A figure of studies/ from the numbers of its table, as its command draws it."""
-    if name == "budget":
+    if name == "labels":
+        labels.draw_figure(file, labels_rows(), [40, 80], unpruned=0.218)
+    elif name == "budget":
         budget.draw_figure(file, budget_report(), problems=500)
     else:
         rows, records = rollouts_report()
