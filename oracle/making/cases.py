@@ -498,6 +498,9 @@ def fresh_model_free(name, seed):
             count = number(1, 9)
             answers = [[None, "1/2", "0.5", "3", "4", "-2"][number(0, 5)] for _ in range(count)]
             weights = [number(0, 8) / 8 for _ in range(count)] if number(0, 1) else None
+            if i % 6 == 0:  # equal sums
+                first = number(0, 2)
+                answers, weights = ["3", "4", "-2", "3", "4", "-2"][first:first + 3], None
             votes.append({"clauses": [], "answers": answers, "weights": weights, "kind": "math"})
         return {"name": name} | described(name, {"ranks": ranks, "votes": votes})
     problems = []
