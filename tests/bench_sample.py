@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from engine.attention import equip
 from engine.refill import Batch, generate
 from model import Decoder, load
 from plumbing.checkpoint import Config
@@ -155,7 +156,9 @@ def random_model(config, device, dtype):
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).to(device)
+    model.requires_grad_(False).to(device)
+    equip(model)
+    return model
 
 
 def models_from_file(config_json, device, dtype):
@@ -166,6 +169,7 @@ def models_from_file(config_json, device, dtype):
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config_json))
         ours = load(folder, device, dtype)
+        equip(ours)  # as the scripts do
         theirs = None
         if transformers is not None:
             transformers.logging.set_verbosity_error()
@@ -469,6 +473,7 @@ def measure_checkpoint(folder, dtype, settings):
     """A row of figures for each number of REAL_ROWS; of several rounds the fastest counts."""
     device = torch.device(settings.device)
     model = load(folder, device, dtype)
+    equip(model)  # as the scripts do
     prompt = Tokenizer(folder).ask(Problem("pencils", QUESTION, "19"))
     theirs = None
     if transformers is not None:
