@@ -98,12 +98,13 @@ def in_time(seconds):
 
 
 @torch.inference_mode()
-def decoding_rate(model, prompts, rows, limit, sampling, seconds=2.0):
+def decoding_rate(model, prompt, rows, limit, sampling, seconds=2.0):
     """Tokens a second of decoding `rows` paths, measured for a moment: an estimate. Their lengths
-    are spread from a prompt's to nearly the limit, as where freed rows take waiting paths. The
-    cached keys are zeros there: they are read as fast as others."""
-    capacity = max(len(prompt) for prompt in prompts) + limit
-    paths = [Path(prompts[i % len(prompts)], i) for i in range(rows)]
+    are spread from the prompt's to nearly the limit, as where freed rows take waiting paths. The
+    cached keys are zeros there: they are read as fast as others. All are paths of one prompt: to
+    read hundreds takes minutes."""
+    capacity = len(prompt) + limit
+    paths = [Path(prompt, i) for i in range(rows)]
     batch = Batch(model, paths, capacity, limit, sampling, eos_ids=())
     most_steps = 1 + limit // 8
     spread = max(0, limit - most_steps - 1)
@@ -136,8 +137,8 @@ def make_forecast(model, prompts, prefixes, tests, settings):
     rows = memory.choose_rows(model, capacity, settings.batch)
     if processes.is_first():
         print(f"plan: {memory.describe_rows(model, rows, capacity)}", flush=True)
-    rate = decoding_rate(model, prompts, max(1, min(rows, paths)), limit, sampling_of(settings))
     longest = max(prompts, key=len)
+    rate = decoding_rate(model, longest, max(1, min(rows, paths)), limit, sampling_of(settings))
     return Forecast(
         problems=problems,
         paths=settings.paths,

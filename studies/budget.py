@@ -204,7 +204,7 @@ def measure_costs(model, stop, prompts, n, limit, sampling):
     step_seconds = []
     check_seconds = []
     for count in rows:
-        rate = decoding_rate(model, [prompt], count, limit, sampling)
+        rate = decoding_rate(model, prompt, count, limit, sampling)
         step_seconds.append(count / rate)
         cache, _ = prefill(model, [prompt] * count, stop.m)
         check_seconds.append(time_of(functools.partial(stop, model, cache)))

@@ -21,7 +21,7 @@ def test_a_rate_is_measured_on_rows_of_mixed_length(monkeypatch, limit, rows):
 
     monkeypatch.setattr(Batch, "decode", noted)
     rate = forecast.decoding_rate(
-        model, [random_prompt(7)], rows, limit, Sampling(), seconds=0.2)
+        model, random_prompt(7), rows, limit, Sampling(), seconds=0.2)
     assert rate > 0
     first = seen[0]
     assert first.min() == 6  # the prompt's last token is decoded in the first step

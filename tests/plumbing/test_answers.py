@@ -137,14 +137,14 @@ def test_hostile_input_neither_raises_nor_hangs():
         "<|" * 100_000, r"\boxed" + " " * 300_000, "A" * 300_000, "<|channel|>" * 10_000, None, 1,
         2.5, float("nan"), float("inf"), 10 ** 5000, b"x", [], {}, object(),
     ]
-    start = time.process_time()
     for x in hostile:
+        start = time.process_time()
         for kind in ("math", "choice"):
             assert extract_answer(x, kind) is None or isinstance(x, str)
             for answer, reference in ((x, "7"), ("7", x), (x, x)):
                 assert same_answer(answer, reference, kind) in (True, False)
         assert not same_answer(x, "7")
-    assert time.process_time() - start < 1
+        assert time.process_time() - start < 1
 
 
 def rewrites_with_examples():
