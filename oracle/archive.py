@@ -26,8 +26,9 @@ from plumbing.records import write_atomic  # noqa: E402
 from vector_files import checkpoint_in_json, to_json  # noqa: E402
 
 TEXTS = ("README.md", "PORTING.md", "CHANGELOG.md", "CLAUSES.md")
-CERTIFY = ("certify.py", "compare.py", "causes.py", "hand_in.py", "ask.py", "rounded.py",
-           "rounding.py")
+CERTIFY = ("certify.py", "compare.py", "causes.py", "digest.py", "hand_in.py", "ask.py",
+           "rounded.py", "rounding.py")
+COMMAND = ("python oracle/certify.py", "python3 -I certify.py")  # in the project; in the archive
 FOLDERS = ("schemas", "vectors", "golden/checkpoints", "golden/mxfp4")
 
 
@@ -40,9 +41,12 @@ class Settings:
 def contents():
     """{name in the archive: bytes}."""
     files = {}
-    for name in TEXTS + CERTIFY:
+    for name in CERTIFY:
         files[name] = (HERE / name).read_bytes()
-    for folder in FOLDERS:
+    for name in TEXTS:
+        files[name] = (HERE / name).read_text().replace(*COMMAND).encode()
+    golden = [case for case in cases.BY_NAME.values() if case.golden is not None]
+    for folder in [*FOLDERS, *sorted({case.stop_name for case in golden})]:
         for file in sorted((HERE / folder).rglob("*")):
             if file.is_file():
                 files[str(file.relative_to(HERE))] = file.read_bytes()

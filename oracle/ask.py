@@ -8,6 +8,8 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -15,6 +17,7 @@ from compare import shortened
 from hand_in import LARGEST, Rows, only_known, parse_json
 
 NOT_OFFERED = (404, 405, 501)
+LAST_WORDS = 4096  # bytes of a command's error output that are kept
 
 
 def post(url, request, timeout):
@@ -76,21 +79,75 @@ def ask_command(command, name, inputs, expected, options):
     request = inputs | {"name": name, "dtype": options.dtype, "root": str(options.root)}
     source = f"{shortened(command)}, case {name}"
     try:
+        words = shlex.split(command)
+        if not words:
+            raise ValueError("found no word in it, expected a program")
         process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True)
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--command: {shortened(command)}: cannot be started: {error}") from None
     try:
-        out, err = process.communicate(json.dumps(request).encode(), options.timeout)
+        out, err = talk(process, json.dumps(request).encode(), options.timeout)
     except subprocess.TimeoutExpired:
         raise ValueError(f"{source}: no answer within {options.timeout:g} seconds") from None
     finally:
         stop_all(process)
+    if len(out) > LARGEST:
+        raise ValueError(f"{source}: found more than {LARGEST:,} bytes on its standard output, "
+                         "expected at most so many")
     if process.returncode != 0:
         last = err.decode(errors="replace").strip().splitlines()[-1:] or [""]
         raise ValueError(f"{source}: exit status {process.returncode}: {shortened(last[0])}")
     return only_known(parse_json(out, source), expected, source)
+
+
+class Reader(threading.Thread):
+    """Reads a pipe to its end. Of more bytes than `most` it keeps the last, or, where it stops
+    there, the first and one more."""
+
+    def __init__(self, pipe, most, stops):
+        super().__init__(daemon=True)
+        self.pipe = pipe
+        self.most = most
+        self.stops = stops
+        self.content = bytearray()
+
+    def run(self):
+        while part := self.pipe.read1(2 ** 16):
+            self.content += part
+            if len(self.content) > self.most:
+                if self.stops:
+                    return
+                del self.content[:-self.most]
+
+
+def feed(pipe, request):
+    """Write a request to a command, which need not read it."""
+    try:
+        pipe.write(request)
+        pipe.close()
+    except OSError:
+        pass
+
+
+def talk(process, request, timeout):
+    """(standard output, the end of the error output) of a command that gets a request. Of more than
+    LARGEST bytes it reads on no further, and waits no longer. TimeoutExpired where it does not end
+    in time."""
+    end = time.monotonic() + timeout
+    out = Reader(process.stdout, LARGEST, True)
+    err = Reader(process.stderr, LAST_WORDS, False)
+    threading.Thread(target=feed, args=(process.stdin, request), daemon=True).start()
+    for reader in (out, err):
+        reader.start()
+    out.join(timeout)
+    if out.is_alive():
+        raise subprocess.TimeoutExpired(process.args, timeout)
+    if len(out.content) <= LARGEST:
+        process.wait(max(0.0, end - time.monotonic()))
+        err.join(1)
+    return bytes(out.content), bytes(err.content)
 
 
 def stop_all(process):

@@ -5,8 +5,9 @@
 import math
 
 from compare import (
-    CHAINS, FAIL, NOT_SHOWN, NUMBER_ROWS, PASS, PATH_ROWS, allowed_of, as_numbers, compare_exact,
-    compare_paths, entries_of, name_of, summary_of)
+    CHAINS, FAIL, NO_SCORES, NOT_SHOWN, NUMBER_ROWS, PASS, PATH_ROWS, allowed_of, as_numbers,
+    compare_exact, compare_paths, entries_of, name_of, summary_of)
+from rounding import FLUSHED
 
 EXACT = 2e-3    # a mistake is recognised within this share of what it changes,
 ROUNDED = 0.25  # or, where it only rounds, within this one
@@ -65,6 +66,15 @@ def matches_numbers(wrong, pair, allowed, rounded):
     return root_mean_square(off) <= max(min(allowed, size / 4), share * size)
 
 
+def has_small_scores(wrong, found):
+    """Whether scores are of the size that a mistake gives: 0 is not 1e-19, though neither differs
+    more than the other from the right one."""
+    if found is None or "shape" in wrong:
+        return True
+    pairs = zip(wrong["values"], [found.values[at] for at in wrong["at"] if at < len(found.values)])
+    return all(abs(shown - value) <= max(ROUNDED * abs(value), FLUSHED) for value, shown in pairs)
+
+
 def with_wrong_paths(expected, wrong):
     """A run's paths as a mistake has them: some are "value", others "gone"."""
     by_name = {name_of(path): path for path in expected}
@@ -77,7 +87,10 @@ def matches(case, row, label, wrong, rounded):
     """Whether an entry is what a mistake gives."""
     allowed = allowed_of(row, label, case.allowed)
     if row in NUMBER_ROWS:
-        return matches_numbers(wrong, case.pair(row, label), allowed, rounded)
+        pair = case.pair(row, label)
+        if row == "scores" and not has_small_scores(wrong, pair[1]):
+            return False
+        return matches_numbers(wrong, pair, allowed, rounded)
     found = case.found[row][label]
     if row in PATH_ROWS:
         paths = with_wrong_paths(case.expected[row][label], wrong)
@@ -99,6 +112,8 @@ def explains_row(mistake, name, row, case):
                 continue
         if label in unknown:
             continue
+        if result.state == FAIL and result.place.startswith(NO_SCORES):
+            return False  # no mistake here leaves scores out
         if label in entries:
             if not matches(case, row, label, entries[label], mistake.get("rounded", False)):
                 return False

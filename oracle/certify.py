@@ -29,6 +29,7 @@ from causes import Case, name_cause  # noqa: E402
 from compare import (  # noqa: E402
     ACCEPTABLE, CHAINS, CLAUSES, DIAGNOSTIC, FAIL, LEVELS, LEVEL_OF, NOT_SHOWN, PASS,
     Result, accept, compare_row, summary_of)
+from digest import MANIFEST_SHA256  # noqa: E402
 from hand_in import kind_of, parse_json, read_hand_in, strange_files  # noqa: E402
 
 VECTORS = HERE / "vectors"
@@ -49,6 +50,19 @@ def file_digest(file):
 def digest_as_of(file, changed, size):
     """The same, of a file that was last changed then and has this size: read once."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def read_manifest():
+    """The manifest of the vectors, tolerances included. ValueError where it is not the one that
+    this certify was published with."""
+    file = VECTORS / "manifest.json"
+    if not file.is_file():
+        raise ValueError("vectors/manifest.json: missing: the folder vectors belongs beside "
+                         "certify.py, as it was published")
+    if file_digest(file) != MANIFEST_SHA256:
+        raise ValueError("vectors/manifest.json: its SHA-256 is not that of digest.py: the file "
+                         "was changed, or is of another version than certify.py")
+    return parse_json(file.read_bytes(), file)
 
 
 def require_unchanged(manifest):
@@ -104,13 +118,11 @@ class Published:
         self.allowed = published(name, "allowed")
 
     def alternatives(self, row):
-        """{name of a rounding that a port may choose: {label: the numbers it gives}}."""
-        found = {}
+        """Pairs of a rounding that a port may choose and {label: the numbers it gives}."""
         for about in read_all("acceptable"):
             entries = about["cases"].get(self.name, {}).get(row)
             if entries:
-                found[about["what"]] = entries
-        return found
+                yield about["what"], entries
 
 
 def case_of(name, options):
@@ -369,12 +381,11 @@ def read_options(options):
     """The options, checked."""
     if options.json not in (None, "-"):
         require_target(options.json)
+    options.root = HERE
+    options.manifest = read_manifest()
+    require_unchanged(options.manifest)
     options.cases = chosen(options.cases, all_names(), "--cases")
     options.levels = chosen(options.levels, LEVELS, "--levels")
-    options.root = HERE
-    file = VECTORS / "manifest.json"
-    options.manifest = parse_json(file.read_bytes(), file)
-    require_unchanged(options.manifest)
     sources = [options.folder, options.server, options.command, options.write]
     if sum(source is not None for source in sources) != 1:
         raise ValueError("found none or several, expected one of DIR, --command, --server and "

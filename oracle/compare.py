@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 PATH_ROWS = ("uninterrupted", "paths")
+NO_SCORES = ": no path has a score"
 PROBABILITY = 1e-6  # how far a probability may lie off
 
 LEVELS = {
@@ -203,7 +204,9 @@ def compare_exact(row, expected, found):
     if isinstance(found, list) and isinstance(expected, list):
         for i in range(max(len(found), len(expected))):
             if not is_same(expected[i:i + 1], found[i:i + 1]):
-                return Result(FAIL, f"[{i}]", math.inf)
+                shown = [shortened(value[i]) if i < len(value) else "nothing"
+                         for value in (found, expected)]
+                return Result(FAIL, f"[{i}]: found {shown[0]}, expected {shown[1]}", math.inf)
     return Result(FAIL, f": found {shortened(found)}, expected {shortened(expected)}", math.inf)
 
 
@@ -251,7 +254,7 @@ def compare_paths(expected, found, allowed):
         where = "not expected" if odd in by_name else "missing"
         return Result(FAIL, f": path {odd} is {where}", math.inf)
     largest = 0.0
-    missing_score = False
+    without_score = []
     for path in expected:
         given = by_name[name_of(path)]
         place = f" path {name_of(path)}"
@@ -265,7 +268,7 @@ def compare_paths(expected, found, allowed):
             continue
         score = given.get("score")
         if score is None:
-            missing_score = True
+            without_score.append(name_of(path))
             continue
         if type(score) not in (int, float):
             return Result(FAIL, f"{place}: score {shortened(score)}, expected a number", math.inf)
@@ -274,8 +277,11 @@ def compare_paths(expected, found, allowed):
             shown = f": found {shortened(score)}" if not math.isfinite(as_float(score)) else ""
             return Result(FAIL, f"{place}: score{shown}", off, allowed)
         largest = max(largest, off)
-    if missing_score:
-        return Result(NOT_SHOWN, " scores of paths", largest, allowed)
+    if len(without_score) == len(expected):
+        return Result(NOT_SHOWN, NO_SCORES)
+    if without_score:
+        what = f" path {without_score[0]}: no score, though it was checked"
+        return Result(FAIL, what, math.inf, allowed)
     return Result(PASS, "", largest, allowed)
 
 
@@ -319,6 +325,8 @@ def compare_row(row, expected, found, allowed):
         else:
             limit = allowed_of(row, label, allowed)
             results[label] = compare_entry(row, entry, given[label], limit)
+    if row == "paths":
+        require_scores(results)
     unknown = [label for label in given if label not in wanted]
     if unknown or (found is not None and not isinstance(found, list) and not given):
         what = f": found {shortened(unknown[0])}, which is unknown" if unknown else ""
@@ -327,14 +335,24 @@ def compare_row(row, expected, found, allowed):
     return results
 
 
+def require_scores(results):
+    """Fail the runs without any score where another run has them: so there is a check, and it was
+    left out."""
+    if any(result.state == PASS for result in results.values()):
+        for label, result in results.items():
+            if result.place == NO_SCORES:
+                what = f"{NO_SCORES}, though every path was checked"
+                results[label] = Result(FAIL, what, math.inf)
+
+
 def accept(row, results, alternatives, found, allowed):
     """Put ACCEPTABLE in the place of FAIL where a row follows a rounding that a port may choose.
 
-    alternatives: {its name: {label: the numbers it gives}}. One rounding must explain all the
-    entries of the row that fail."""
+    alternatives: pairs of its name and {label: the numbers it gives}. One rounding must explain all
+    the entries of the row that fail."""
     failing = [label for label, result in results.items() if result.state == FAIL]
     given = entries_of(row, found)
-    for why, entries in alternatives.items():
+    for why, entries in alternatives:
         judged = {}
         for label in failing:
             if label in entries and label in given:
@@ -358,10 +376,12 @@ def summary_of(results):
     shown = [result for result in results.values() if result.state != NOT_SHOWN]
     worst = max(shown, key=used_share, default=Result(NOT_SHOWN))
     if len(shown) < len(results):
-        partly = next((result.place for result in results.values()
-                       if result.state == NOT_SHOWN and result.place), "")
-        part = f" {len(shown)} of {len(results)}" if shown else partly
-        return Result(NOT_SHOWN, part, worst.difference, worst.allowed)
+        missing = [label for label, result in results.items() if result.state == NOT_SHOWN]
+        place = next((results[label].place for label in missing if results[label].place), "")
+        if shown:
+            first = f"[{missing[0]}]{results[missing[0]].place or ' is missing'}"
+            place = f" {len(shown)} of {len(results)}: {first}"
+        return Result(NOT_SHOWN, place, worst.difference, worst.allowed)
     accepted = [result for result in shown if result.state == ACCEPTABLE]
     if accepted:
         why = accepted[0].why

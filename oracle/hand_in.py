@@ -127,6 +127,8 @@ def read_tensors(file):
             count = 1
             for length in shape:
                 count *= length
+            if not 0 <= start <= stop <= len(data):
+                raise ValueError
             values = numbers_of(about["dtype"], data[start:stop], count)
         except (TypeError, ValueError, KeyError, struct.error):
             raise ValueError(f"{file}: {shortened(name)}: not a tensor of F64, F32, F16, BF16, "

@@ -11,7 +11,9 @@ STATES = 2e-5    # of an entry's largest number, at least of 1: of the decoder,
 STOP_STATES = 5e-5  # and at the [STOP] positions
 FLOAT32 = 10     # times what float32 moved in the plain decoder
 LOGITS = 4e-6    # of sum |w h| + |b|, over what the head adds up
-SCORES = 1e-6    # beside what the logits' own tolerance gives
+SCORES = 1e-6    # beside what the logits' own tolerance gives,
+SMALL_SCORES = 1e-4  # or this share of the score, if that is less:
+FLUSHED = 1e-37  # scores smaller than this need not differ from 0
 LOSS = 1e-6      # of the loss, at least of 1, beside the same
 GRADIENTS = 1e-4  # of a gradient's largest number, beside the same
 ANGLES = 2.0 ** -23  # of a position, in radians: two roundings of an angle of at most that size
@@ -42,8 +44,10 @@ def moves(function, logits, allowed):
 
 
 def score_tolerance(logits, allowed):
-    """How far a score may lie off whose logits may lie off by `allowed`."""
-    return SCORES + moves(sigmoid, logits, allowed)
+    """How far a score may lie off whose logits may lie off by `allowed`. Small scores rank too: of
+    them it is a share."""
+    rounded = min(SCORES, SMALL_SCORES * sigmoid(log_odds(logits)) + FLUSHED)
+    return rounded + moves(sigmoid, logits, allowed)
 
 
 def loss_tolerance(loss, logits, labels, allowed):

@@ -10,6 +10,7 @@ certify with.
 import argparse
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,9 @@ def sigmoid(x):
 def softmax(x):
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+SCORED_OTHERWISE = ("score-clamped-15", "score-clamped-20", "score-clamped-30", "score-one-minus")
 
 
 class Model:
@@ -411,6 +415,12 @@ class Model:
         w = self.w
         if w == "score-tempered":
             z = z / F(0.6)
+        if w in SCORED_OTHERWISE:
+            odds = z[-1] - (z[0] if len(z) == 2 else 0)
+            if w == "score-one-minus":
+                return F(1) - sigmoid(-odds)
+            limit = F(w.split("-")[-1])
+            return sigmoid(np.clip(odds, -limit, limit))
         good = softmax(z)[1] if len(z) == 2 else sigmoid(z)[0]
         with np.errstate(divide="ignore"):
             return {
@@ -518,7 +528,7 @@ def make_number(key, t, w=None):
 def distribution(logits, T, k, p, w=None):
     """Probabilities, by a sorted walk."""
     w = w or ""
-    logits = np.array(logits, np.float32)
+    logits = np.array(logits, float if w == "logits-float64" else np.float32)
     if w.startswith("temperature-floor-"):
         T = max(T, float(w.split("-")[-1]))
     if w == "temperature-small-is-greedy" and T < 1e-5:
@@ -530,9 +540,13 @@ def distribution(logits, T, k, p, w=None):
         top = np.nonzero(logits == logits.max())[0]
         out[top[-1] if w == "greedy-last" else top[0]] = 1
         return out
-    z = logits - logits.max()
+    z = (logits - logits.max()).astype(np.float32)
     heat = np.float32(1 if w == "temperature-ignored" else T)
     hot = z / heat if w != "temperature-multiplied" else z * heat
+    if w == "temperature-reciprocal":
+        hot = z * np.float32(1 / T)
+    if w == "temperature-float64":
+        hot = np.array([float(x) / T for x in z], np.float32)
     order = sorted(range(len(z)), key=lambda i: (-(z if w == "temperature-last" else hot)[i], i))
     base = z if w == "temperature-last" else hot
     kk = k + {"top-k-fewer": -1, "top-k-more": 1}.get(w, 0) * (k > 0)
@@ -565,6 +579,8 @@ def distribution(logits, T, k, p, w=None):
         if w == "top-p-more":
             got = alive[: len(got) + 1]
         edge = base[got[-1]]
+        if w == "top-p-close":
+            edge = edge - np.float32(1e-6)
         alive = (
             got if w in ("top-p-ties-cut", "ties-cut") else [i for i in alive if base[i] >= edge]
         )
@@ -603,6 +619,10 @@ def rank(pairs, keep, w=None):
     if w == "rank-threshold":
         return [i for i, s in pairs if s > 0.5] or [pairs[0][0]]
     tail = w.split("-")[-1]
+    if w == "rank-text":
+        texts = sorted((-n, str(s), i) for n, (i, s) in enumerate(pairs))
+        texts.sort(key=lambda x: x[1])
+        return sorted(x[2] for x in texts[::-1][:keep])
 
     def order(pair):
         i, s = pair
@@ -620,10 +640,7 @@ def rank(pairs, keep, w=None):
 
 
 def number_of(answer):
-    if "/" in answer:
-        a, b = answer.split("/")
-        return int(a) / int(b)
-    return float(answer)
+    return Fraction(answer)
 
 
 def votes(answers, weights, w=None):
@@ -633,6 +650,10 @@ def votes(answers, weights, w=None):
         if a is None and w != "vote-none-counts":
             continue
         key = a if a is None or w == "vote-by-text" else number_of(a)
+        if w == "vote-zero-answer" and key == 0:
+            continue
+        if w in ("vote-sign", "vote-rounded", "vote-float64"):
+            key = {"vote-sign": abs, "vote-float64": float}.get(w, lambda x: f"{float(x):.4f}")(key)
         seen.setdefault(key, []).append((a, g))
     if not seen:
         return None
@@ -641,23 +662,38 @@ def votes(answers, weights, w=None):
     if w == "vote-smallest-tie":
         groups.sort(key=lambda group: group[0][0])
     for group in groups:
-        total = sum(g for _, g in group) / (len(group) if w == "vote-mean" else 1)
+        gs = [g for _, g in group]
+        total = {"vote-mean": sum(gs) / len(gs), "vote-max": max(gs), "vote-first-weight": gs[0],
+                 "vote-last-weight": gs[-1]}.get(w, sum(gs))
         late = w == "vote-last-tie" or w == "vote-zero-last" and total == 0
         if best is None or total > best[0] or total == best[0] and late:
             best = total, group
     if w == "vote-zero-null" and best[0] == 0:
         return None
+    if w == "vote-majority":
+        everything = sum(g for a, g in zip(answers, weights) if a is not None)
+        if not best[0] > everything / 2:
+            return next(a for a in answers if a is not None)
     return best[1][-1 if w == "vote-last-spelling" else 0][0]
 
 
 # ------------------------------------------------------------------------------------- whole runs
 
 
+RANKED_OTHERWISE = ("run-logits run-float64 run-clamped-15 run-clamped-20 run-clamped-30 "
+                    "run-one-minus").split()
+
+
 def score_of(check, w=None):
     """What a check's (..., logits, score) counts: the score as float32 (R4)."""
-    if w in ("run-logits", "run-float64"):
+    if w in RANKED_OTHERWISE:
         z = check[2].astype(float)
         odds = float(z[0] if len(z) == 1 else z[1] - z[0])
+        if w == "run-one-minus":
+            return float(1 - sigmoid(np.float32(-odds)))
+        if w.startswith("run-clamped"):
+            limit = float(w.split("-")[-1])
+            return float(sigmoid(np.float32(np.clip(odds, -limit, limit))))
         exact = 1 / (1 + math.exp(-odds)) if odds > -700 else 0.0
         return odds if w == "run-logits" else exact
     return float(np.float32(check[3]))
@@ -782,7 +818,7 @@ class Paths:
             alive = kept
         if w == "paths-without-scores":
             scores = dict.fromkeys(scores, scores[0])
-        if w in ("run-logits", "run-float64"):  # they rank so, and show scores
+        if w in RANKED_OTHERWISE:  # they rank so, and show scores
             for i in scores:
                 ids = whole[i]["ids"][: cut.get(i, r["stages"][-1][0])]
                 found = self.m.check(r["prompt_ids"] + ids, r["zero_head"])

@@ -32,7 +32,7 @@ class Case:
     alpha: float = 3
     head: str = "sigmoid"
     head_spread: float = 0.1
-    chosen_prefixes: tuple = ()  # of ids that were looked for; they come last
+    chosen_prefixes: tuple = ()  # (ids that were looked for, clause, flag); they come last
 
     def model(self, dtype=torch.float32):
         return load(HERE / self.checkpoint, dtype=dtype)
@@ -59,7 +59,8 @@ CASES = (
     Case("qwen3", "golden/checkpoints/qwen3-tiny", (1, 65, 300, 4100), MODEL_LEVELS + ("run",),
          golden="golden/scorers/qwen3-tiny.qv"),
     Case("gpt_oss", "golden/checkpoints/gptoss-tiny", (1, 65, 300, 4100), MODEL_LEVELS + ("run",),
-         golden="golden/scorers/gptoss-tiny.attn", chosen_prefixes=((52,),)),
+         golden="golden/scorers/gptoss-tiny.attn",
+         chosen_prefixes=(((52,), "D11", "gate below -7"),)),
     Case("mxfp4", "golden/mxfp4/gptoss-mxfp4-tiny", (1, 9, 33, 65, 300), MODEL_LEVELS + ("run",),
          m=1, rank=3, alpha=5, head_spread=16.0),
     Case("m8", "golden/checkpoints/qwen3-tiny", (1, 3, 20, 65), ("score", "training"),
@@ -98,15 +99,17 @@ def prefixes_of(case, vocab):
     generator = torch.Generator().manual_seed(0)
     for length in case.lengths:
         rows.append(random_ids(length, vocab, generator))
-    rows += [list(ids) for ids in case.chosen_prefixes]
+    chosen = {ids: about for ids, *about in case.chosen_prefixes}
+    rows += map(list, chosen)
     prefixes = [{"ids": ids, "clauses": clauses_of_row(case, len(ids))} for ids in rows]
     for prefix in prefixes:
         length = len(prefix["ids"])
         flags = {"one token": length == 1, "long": length > 256, "beyond window": length > 8,
                  "saturated": case.head_spread > 1}
-        if tuple(prefix["ids"]) in case.chosen_prefixes:
-            flags["gate below -7"] = True
-            prefix["clauses"] = ["D11"]
+        if tuple(prefix["ids"]) in chosen:
+            clause, flag = chosen[tuple(prefix["ids"])]
+            flags[flag] = True
+            prefix["clauses"] = [clause]
         prefix["flags"] = [flag for flag, holds in flags.items() if holds]
     return with_ids(case.name, "prefix", prefixes), labels
 
@@ -169,7 +172,9 @@ RUNS = (
     Run("branch ties twice", ("R4", "R9"), 2, ((2, 2, 2), (4, 3, 2), (6, 2)), 10, 1.2, 60, 0.98,
         prompt_length=6, first_seed=2 ** 47 + 9, eos_step=61, zero_head=True),
     Run("saturated", ("C8", "R4"), 12, ((5, 4),), 9, 1.0, 40, 0.95,
-        prompt_length=6, first_seed=2 ** 35 + 3, cases=("mxfp4",)))
+        prompt_length=6, first_seed=2 ** 35 + 3, cases=("mxfp4",)),
+    Run("small scores", ("C8", "R4"), 12, ((5, 9),), 9, 1.0, 40, 0.95,
+        prompt_length=8, first_seed=2 ** 39 + 7, cases=("mxfp4",)))
 
 
 def run_inputs(run, seed, vocab):
@@ -196,7 +201,7 @@ def flags_of(run):
     """What is special about a run."""
     flags = {
         "tie": run.zero_head or run.name == "saturated",
-        "saturated": run.name == "saturated",
+        "saturated": run.name in ("saturated", "small scores"),
         "cascade": len(run.stages) > 1,
         "branches": len(run.stages[0]) == 3,
         "greedy": run.temperature == 0,
@@ -265,6 +270,14 @@ def distributions(generator):
     ask("a temperature that float32 rounds", ["S1"], [0.3, 0.7, 0.1, 0.2], 0.1, 0, 0.9)
     weights_near_zero = [0.0, -80.0, -120.0, -150.0]
     ask("probabilities that are 0 in float32", ["S5"], weights_near_zero, 1.0, 0, 1.0)
+    # In 1.1.1: z that are equal, or are not, by the order and the width of the roundings
+    ask("a tie of z by 1 / temperature only", ["S1", "S3"],
+        [0.0, -2.9354941844940186, -2.9354944229125977], 0.6, 2, 1.0)
+    ask("a tie of z by an exact temperature only", ["S1", "S3"],
+        [0.0, -2.879438638687134, -2.879438877105713], 0.6, 2, 1.0)
+    ask("a tie of z by a float32 temperature only", ["S1", "S3"],
+        [0.0, -2.554225444793701, -2.5542256832122803], 0.6, 2, 1.0)
+    ask("no tie of z that are close", ["S4"], [0.0, -5.0, -5.000000476837158], 1.0, 0, 0.99)
     return problems
 
 
@@ -421,6 +434,10 @@ def choices_inputs():
     ranks.append({"clauses": ["R4"], "scores": [0.5, 0.50000001, 0.49999999, 0.50000002],
                   "keep": 2})
     ranks.append({"clauses": ["R4"], "scores": [0.99999999, 1.0, 0.999999995, 0.9], "keep": 1})
+    # In 1.1.1: numbers that text puts in another order; scores whose logits are beyond -30
+    ask_ranks([0.5, 9e-7], 1)
+    ask_ranks([3e-8, 0.25, 1e-7, 0.125, 9e-9], 3)
+    ask_ranks([4e-18, 6e-17, 2e-20, 5e-17], 2)
 
     ask_votes(["7", "12", "12", "7", "12"])
     ask_votes(["5", "3", "3", "5"])
@@ -438,6 +455,18 @@ def choices_inputs():
     # In 1.1: weights that are all zero
     ask_votes(["4", "5", "5"], [0.0, 0.0, 0.0])
     ask_votes([None, "6", "7"], [1.0, 0.0, 0.0])
+    # In 1.1.1: what else could be counted, and values that are close or differ in sign
+    ask_votes(["1", "2", "2", "3", "4"])
+    ask_votes(["2", "3", "3", "-2"])
+    ask_votes(["0", "0", "1"])
+    ask_votes(["2", "2", "1/3", "0.3333", "0.33333"])
+    ask_votes(["2", "2", "1/3", "0.3333333333333333", "0.33333333333333333"])
+    ask_votes(["1", "2", "2"], [0.5, 0.6, 0.1])
+    ask_votes(["1", "2", "2"], [0.5, 0.1, 0.6])
+    ask_votes(["1", "2", "2", "2"], [0.3, 0.1, 0.1, 0.9])
+    ask_votes(["1", "2", "2", "2"], [0.3, 0.1, 0.4, 0.4])
+    ask_votes(["1", "2", "2"], [0.5, 0.3, 0.3])
+    ask_votes(["5", "6", "6"], [1.0, 1.0, 0.00000001])
     return described("choices", {"ranks": ranks, "votes": votes})
 
 

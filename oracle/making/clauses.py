@@ -44,7 +44,8 @@ BROKEN_BY = {
     "T3": "grad-sum grad-tokens-* grad-lora-* grad-head-zero grad-no-bias grad-bfloat16 grad-cut "
           "grad-clipped grad-negative",
     "T4": "grad-through-prefix",
-    "S1": "temperature-last temperature-multiplied temperature-ignored top-k-by-logit top-p-all",
+    "S1": "temperature-last temperature-multiplied temperature-ignored temperature-reciprocal "
+          "temperature-float64 logits-float64 top-k-by-logit top-p-all",
     "S2": "temperature-floor-* temperature-small-is-greedy temperature-zero-is-one greedy-last",
     "S3": "top-k-ignored top-k-fewer top-k-more top-k-zero top-k-ties-cut ties-cut top-k-by-logit",
     "S4": "top-p-*",

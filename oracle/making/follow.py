@@ -78,17 +78,15 @@ class Fresh:
         """{row: tolerances}."""
         return self.rows[1]
 
-    @functools.cached_property
-    def accepted(self):
-        """{name of a rounding that a port may choose: {row: value}}."""
-        if self.case is None:
-            return {}
-        return {what: in_json(reference.acceptable_rows(self.model, self.stop, self.inputs, key))
-                for key, what in ACCEPTABLE.items()}
+    @functools.cache
+    def accepted(self, key):
+        """{row: value} with a rounding that a port may choose."""
+        return in_json(reference.acceptable_rows(self.model, self.stop, self.inputs, key))
 
     def alternatives(self, row):
-        """{name of such a rounding: {label: the numbers it gives}} of a row."""
-        return {what: entries_of(row, rows.get(row)) for what, rows in self.accepted.items()}
+        """Pairs of the name of such a rounding and {label: the numbers it gives} of a row."""
+        for key, what in ACCEPTABLE.items() if self.case is not None else ():
+            yield what, entries_of(row, self.accepted(key).get(row))
 
 
 def write_inputs(name, seed, folder):

@@ -32,6 +32,7 @@ from vector_files import stop_in_json, write_json  # noqa: E402
 CLOSE = 2e-5        # logits, noise and top-p may move by so much
 CLOSE_SCORES = 2e-4  # the last path kept leads the first pruned by more
 SATURATED = 20.0     # of a log odds whose score is 1 in float32, however it is rounded
+SMALL = (-80.0, -31.0)  # log odds of scores that float32 holds, and that clamping makes equal
 ROPE_POSITIONS = (0, 1, 7, 63, 64, 299, 4099)
 
 
@@ -103,6 +104,23 @@ def ties_are_saturated(model, stop, run, paths, last):
     return bool(pruned and kept and max(pruned) > min(kept))
 
 
+def small_scores_decide(model, stop, run, paths):
+    """Whether the last path kept and the first pruned have small scores that lie far apart, and
+    the indices would decide otherwise if such scores were equal."""
+    port = Port(model, stop, None, torch.float64)
+    last = run["stages"][-1][0]
+    kept = []
+    pruned = []
+    for path in paths:
+        z = log_odds(port.score_entry(run["prompt_ids"] + path.ids[:last])["logits"].tolist())
+        (pruned if path.status == "pruned" else kept).append((z, path.index))
+    worst = min(kept)
+    best = max(pruned)
+    small = [(z, index) for z, index in kept if z < SMALL[1]]
+    wide = worst[0] - best[0] > 1 and SMALL[0] < best[0] and worst[0] < SMALL[1]
+    return wide and max(index for _, index in small) > min(index for _, index in pruned)
+
+
 def shows_enough(name, paths, run, checks):
     """Whether the run's paths show what it is there for."""
     if name == "branch ties":
@@ -154,7 +172,10 @@ def find_seed(model, stop, run, vocab):
                 **reference.settings_of(inputs))
         if not shows_enough(run.name, paths, inputs, checks):
             continue
-        if not gaps_are_wide(checks, run.zero_head):
+        if run.name == "small scores":
+            if not small_scores_decide(model, stop, inputs, paths):
+                continue
+        elif not gaps_are_wide(checks, run.zero_head):
             continue
         if run.name == "saturated" and not ties_are_saturated(
                 model, stop, inputs, paths, run.stages[-1][0]):

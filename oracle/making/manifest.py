@@ -8,9 +8,12 @@ from plumbing.records import read_json
 from vector_files import file_digest, write_json
 
 HERE = Path(__file__).resolve().parent.parent  # oracle/
-VERSION = "1.1.0"
+VERSION = "1.1.1"
 GOLDEN = "golden: transformers 5.23.0, peft 0.21.2 and the authors' code; see golden/README.md"
 OURS = "ours: oracle/making/make_vectors.py"
+DIGEST = '''"""What certify holds vectors/manifest.json against; written by making/manifest.py."""
+MANIFEST_SHA256 = "{digest}"
+'''
 
 
 def described_files(out):
@@ -43,10 +46,14 @@ def write(out):
         "float32": {
             "states": rounding.STATES, "stop.states": rounding.STOP_STATES,
             "logits": rounding.LOGITS, "scores": rounding.SCORES, "loss": rounding.LOSS,
-            "grad": rounding.GRADIENTS, "probabilities": compare.PROBABILITY,
+            "small_scores": rounding.SMALL_SCORES, "grad": rounding.GRADIENTS,
+            "probabilities": compare.PROBABILITY,
             "times_float32": rounding.FLOAT32},
         "bfloat16": allowed_in(read_json(bfloat16)),
         "files": described_files(out)})
+    if out.resolve() == HERE / "vectors":
+        digest = file_digest(out / "manifest.json")
+        (HERE / "digest.py").write_text(DIGEST.format(digest=digest))
 
 
 def allowed_in(measured):

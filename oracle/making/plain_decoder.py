@@ -114,15 +114,26 @@ SCORE = {
     "score-clipped": "scores are clipped to 0.05 to 0.95",
     "score-rounded": "scores are rounded to two digits",
     "score-bfloat16": "scores are rounded to bfloat16",
-    "score-tempered": "the head's logits are divided by 0.6 before the score"}
+    "score-tempered": "the head's logits are divided by 0.6 before the score",
+    "score-clamped-15": "the head's logit is clamped before the score",
+    "score-clamped-20": "the head's logit is clamped before the score",
+    "score-clamped-30": "the head's logit is clamped before the score",
+    "score-one-minus": "the score is 1 less the chance of a bad end, which loses small scores"}
 
 # Where a rounding in between can fall either way, so that numbers agree in the main only.
 ROUNDED = ("bfloat16-residual", "bfloat16-cache")
 
 
-# Roundings that a right port may choose: another reading of D5
+# Roundings that a right port may choose: other readings of D5
 ACCEPTABLE = {
-    "angles-float64": "RoPE's frequencies and angles in float64, not rounded to float32"}
+    "angles-float64": "RoPE's frequencies and angles in float64, not rounded to float32",
+    "frequencies-float64": "RoPE's frequencies in float64, angles rounded to float32",
+    "frequencies-once-angles-float64":
+        "RoPE's frequencies rounded to float32 once, when they are finished; angles in float64",
+    "products-float64": "RoPE's angles in float64, of frequencies in float32"}
+
+
+FLOAT64_ANGLES = ("angles-float64", "frequencies-once-angles-float64", "products-float64")
 
 
 def bfloat16(x):
@@ -183,8 +194,10 @@ class Port:
             frequencies, scale = rope_frequencies(config)
         finally:
             config.rope = saved
-        if self.wrong in ACCEPTABLE:
+        if self.wrong in ACCEPTABLE and self.wrong != "products-float64":
             frequencies = self._exact_frequencies(rope)
+            if self.wrong.startswith("frequencies-once"):
+                frequencies = frequencies.float()
         if self.wrong == "rope-missing":
             frequencies = frequencies * 0
         if self.wrong == "yarn-linear" and rope["rope_type"] == "yarn":
@@ -260,10 +273,12 @@ class Port:
 
     def turns(self, positions):
         """cos and sin (T, 1, D / 2) of RoPE's angles, without YaRN's factor."""
-        positions = positions.float()
+        positions = positions.double()
         if self.wrong == "bfloat16-positions":
             positions = bfloat16(positions)
-        angles = positions[:, None, None].to(self.frequencies.dtype) * self.frequencies
+        angles = positions[:, None, None] * self.frequencies.double()
+        if self.wrong not in FLOAT64_ANGLES:
+            angles = angles.float()
         angles = angles.to(self.dtype)
         return angles.cos(), angles.sin()
 
@@ -505,6 +520,12 @@ class Port:
             logits = logits / 0.6
         two = len(logits) == 2
         good = logits.softmax(-1)[1] if two else logits.sigmoid()[0]
+        odds = logits[1] - logits[0] if two else logits[0]
+        if self.wrong is not None and self.wrong.startswith("score-clamped"):
+            limit = int(self.wrong.rpartition("-")[2])
+            return odds.clamp(-limit, limit).sigmoid()
+        if self.wrong == "score-one-minus":
+            return 1 - (-odds).float().sigmoid()
         others = {
             "score-logit": logits[-1],
             "score-log": good.log().clamp(min=-1e30),

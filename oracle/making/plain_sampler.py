@@ -5,6 +5,7 @@ numpy and Python integers, as clauses S1 to S9, R4 and R8 of oracle/README.md sa
 each mistake. Several variants may bear one title: they are one mistake to different degrees.
 """
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -24,6 +25,9 @@ SAMPLER = {
     "temperature-small-is-greedy": "small temperatures are taken as 0",
     "temperature-zero-is-one": "temperature 0 samples as temperature 1 does",
     "greedy-last": "temperature 0 takes the highest id of equals",
+    "temperature-reciprocal": "the difference is multiplied by 1 / temperature",
+    "temperature-float64": "the temperature is not rounded to float32",
+    "logits-float64": "logits are not rounded to float32 when they are read",
     "top-k-ignored": "top-k is ignored",
     "top-k-fewer": "top-k keeps one too few",
     "top-k-more": "top-k keeps one too many",
@@ -38,6 +42,7 @@ SAMPLER = {
     "top-p-inclusive": "top-p goes on where the mass before equals p",
     "top-p-float32": "top-p's running sum is in float32",
     "top-p-ties-cut": "ties at top-p are cut",
+    "top-p-close": "z that differ by less than 1e-6 are taken as equal at top-p",
     "ties-cut": "ties at top-k and at top-p are cut",
     "not-renormalised": "probabilities are not renormalised",
     "draw-or-equal": "a token is drawn whose cumulative probability equals the number",
@@ -112,6 +117,7 @@ CHOICES = {
     "rank-float64": "paths are ranked by scores in float64",
     "rank-more": "one path too many is kept",
     "rank-fewer": "one path too few is kept",
+    "rank-text": "scores are compared as text",
     "rank-threshold": "paths with scores above one half are kept, whatever keep says",
     "vote-none-counts": "a path without an answer votes",
     "vote-by-text": "equal answers in different spellings vote apart",
@@ -121,6 +127,14 @@ CHOICES = {
     "vote-zero-null": "votes of no weight give no answer",
     "vote-zero-last": "of votes without weight the last wins",
     "vote-mean": "weights are averaged, not added",
+    "vote-max": "the largest weight of an answer counts, not the sum",
+    "vote-first-weight": "the first weight of an answer counts, not the sum",
+    "vote-last-weight": "the last weight of an answer counts, not the sum",
+    "vote-majority": "without an absolute majority the first answer wins",
+    "vote-sign": "answers are compared without their sign",
+    "vote-zero-answer": "the answer 0 does not vote",
+    "vote-rounded": "answers are compared to four decimals",
+    "vote-float64": "answers are compared as float64 numbers, not exactly",
     "vote-last-spelling": "the winner is shown in its last spelling"}
 
 MASK = 2 ** 64 - 1
@@ -138,7 +152,7 @@ def number_in(wrong):
 
 def probabilities(logits, temperature, top_k, top_p, wrong=None):
     """Probabilities (V,) float64 of logits (V,) float32."""
-    logits = np.asarray(logits, dtype=np.float32)
+    logits = np.asarray(logits, dtype=np.float64 if wrong == "logits-float64" else np.float32)
     V = len(logits)
     if wrong is not None and wrong.startswith("temperature-floor"):
         temperature = max(temperature, float(wrong.rpartition("-")[2]))
@@ -151,8 +165,12 @@ def probabilities(logits, temperature, top_k, top_p, wrong=None):
         return np.eye(V)[best[-1 if wrong == "greedy-last" else 0]]
     if wrong == "temperature-ignored":
         temperature = 1.0
-    scaled = logits - logits.max()
+    scaled = (logits - logits.max()).astype(np.float32)
     divided = scaled / np.float32(temperature)
+    if wrong == "temperature-reciprocal":
+        divided = scaled * np.float32(1 / temperature)
+    if wrong == "temperature-float64":
+        divided = (scaled.astype(np.float64) / temperature).astype(np.float32)
     if wrong == "temperature-multiplied":
         divided = scaled * np.float32(temperature)
     ranked = scaled if wrong == "temperature-last" else divided
@@ -212,7 +230,8 @@ def kept_by_top_p(values, kept, top_p, wrong):
         chosen = np.zeros(len(values), bool)
         chosen[order[:count]] = True
         return chosen
-    return kept & (values >= values[order[count - 1]])
+    close = np.float32(1e-6) if wrong == "top-p-close" else 0
+    return kept & (values >= values[order[count - 1]] - close)
 
 
 def draw(probs, number, wrong=None):
@@ -407,6 +426,9 @@ def kept_indices(indices, scores, keep, wrong=None):
     """The indices that stay, rising."""
     if wrong == "rank-threshold":
         return [index for index in indices if scores[index] > 0.5] or indices[:1]
+    if wrong == "rank-text":
+        order = sorted(indices, key=lambda index: str(scores[index]), reverse=True)
+        return sorted(order[:keep])  # of equal ones the first stays: the sort is stable
     order = []
     for index in indices:
         tie = -index if wrong == "rank-ties-higher" else index
@@ -424,6 +446,8 @@ def vote(answers, weights, wrong=None):
     for answer, weight in zip(answers, weights):
         if answer is None and wrong != "vote-none-counts":
             continue
+        if wrong == "vote-zero-answer" and answer is not None and Fraction(answer) == 0:
+            continue
         group = find_group(groups, answer, wrong)
         group["spellings"].append(answer)
         group["weights"].append(weight)
@@ -433,9 +457,7 @@ def vote(answers, weights, wrong=None):
         groups.sort(key=first_spelling)
     best = None
     for group in groups:
-        total = math.fsum(group["weights"])
-        if wrong == "vote-mean":
-            total /= len(group["weights"])
+        total = weight_of(group["weights"], wrong)
         group["total"] = total
         ties_late = wrong == "vote-last-tie" or wrong == "vote-zero-last" and total == 0
         late = ties_late and best is not None and total == best["total"]
@@ -443,7 +465,20 @@ def vote(answers, weights, wrong=None):
             best = group
     if wrong == "vote-zero-null" and best["total"] == 0:
         return None
+    if wrong == "vote-majority":
+        if best["total"] <= math.fsum(group["total"] for group in groups) / 2:
+            best = groups[0]
     return best["spellings"][-1 if wrong == "vote-last-spelling" else 0]
+
+
+def weight_of(weights, wrong):
+    """What the weights of an answer count together."""
+    others = {
+        "vote-mean": math.fsum(weights) / len(weights),
+        "vote-max": max(weights),
+        "vote-first-weight": weights[0],
+        "vote-last-weight": weights[-1]}
+    return others.get(wrong, math.fsum(weights))
 
 
 def first_spelling(group):
@@ -458,10 +493,24 @@ def find_group(groups, answer, wrong):
         if answer == known:
             return group
         if wrong != "vote-by-text" and answer is not None and known is not None:
-            if same_vote(answer, known):
+            if same_value(answer, known, wrong):
                 return group
     groups.append({"spellings": [], "weights": []})
     return groups[-1]
+
+
+def same_value(answer, known, wrong):
+    """Whether two answers are one in a vote. The mistakes read numbers of this case only."""
+    if wrong not in ("vote-sign", "vote-rounded", "vote-float64"):
+        return same_vote(answer, known)
+    values = [Fraction(answer), Fraction(known)]
+    if wrong == "vote-sign":
+        values = [abs(value) for value in values]
+    if wrong == "vote-rounded":
+        values = [round(float(value), 4) for value in values]
+    if wrong == "vote-float64":
+        values = [float(value) for value in values]
+    return values[0] == values[1]
 
 
 def choices_rows(inputs, wrong=None):

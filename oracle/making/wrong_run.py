@@ -49,6 +49,10 @@ CHECK = {
     "cascade-ended-exempt": "a path that has ended and was kept once is not checked again",
     "run-logits": "paths are ranked by logits, or by scores in float64, not by scores in float32",
     "run-float64": "paths are ranked by logits, or by scores in float64, not by scores in float32",
+    "run-clamped-15": "small scores are equal when they are ranked: clamped, or 1 less the rest",
+    "run-clamped-20": "small scores are equal when they are ranked: clamped, or 1 less the rest",
+    "run-clamped-30": "small scores are equal when they are ranked: clamped, or 1 less the rest",
+    "run-one-minus": "small scores are equal when they are ranked: clamped, or 1 less the rest",
     "cascade-from-all": "later checks of a cascade choose among the pruned paths too",
     "paths-without-scores": "paths bear the score of the lowest index for all"}
 
@@ -82,7 +86,7 @@ BRANCHES = {
 
 
 # Runs on which mistakes in the paths and behind the check are not tried: they take time
-NOT_TRIED = ("branch ties", "branch ties twice", "ended in a cascade", "saturated")
+NOT_TRIED = ("branch ties", "branch ties twice", "ended in a cascade", "saturated", "small scores")
 
 
 class Rows:
@@ -300,6 +304,12 @@ def checked_run(rows, run, whole, wrong=None):
                 ranked[index] = 0.0 if run["zero_head"] else rows.log_odds(ids)
                 if wrong == "run-float64":
                     ranked[index] = sigmoid(ranked[index])
+        if wrong is not None and wrong.startswith(("run-clamped", "run-one-minus")):
+            ranked = {}
+            for index in alive:
+                ids = run["prompt_ids"] + whole[index]["ids"][:checkpoint]
+                odds = 0.0 if run["zero_head"] else rows.log_odds(ids)
+                ranked[index] = small_score(odds, wrong)
         if wrong == "cascade-ended-exempt" and cut:
             ranked = {index: score + 2 * has_ended(whole[index], checkpoint)
                       for index, score in ranked.items()}
@@ -313,6 +323,14 @@ def checked_run(rows, run, whole, wrong=None):
     if wrong == "paths-without-scores":
         scores = dict.fromkeys(scores, scores[0])
     return described_run(rows, run, whole, alive, scores, cut, wrong)
+
+
+def small_score(odds, wrong):
+    """A score that is computed so that small ones are lost, in float32."""
+    if wrong == "run-one-minus":
+        return float(np.float32(1) - np.float32(sigmoid(-odds)))
+    limit = int(wrong.rpartition("-")[2])
+    return float(np.float32(sigmoid(min(max(odds, -limit), limit))))
 
 
 def has_ended(path, checkpoint):
