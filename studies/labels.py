@@ -63,11 +63,11 @@ from plumbing.tokenizer import Tokenizer
 from sample import prefill, room, sampling_of
 from shared import numbers, read_seeds, require, stored_paths
 
-WAYS = ("outcomes", "rollouts", "mixed")
 LOOKS = (  # of the figure: each way, what it labels, its colour
     ("outcomes", "of every path", "high"),
     ("rollouts", "of a few prefixes", "bad"),
     ("mixed", "of both", "quiet"))
+WAYS = tuple(way for way, _, _ in LOOKS)
 PAIRS = (("outcomes", "rollouts"), ("mixed", "rollouts"), ("mixed", "outcomes"))
 LEAST_STEPS = 300   # of a fit
 MOST_STEPS = 1200
@@ -524,8 +524,9 @@ def difference_table(found, checkpoints):
 def draw_figure(file, rows, checkpoints, unpruned):
     """Accuracy against the labels' tokens as SVG, a panel a checkpoint. rows: of `numbers_of`;
     unpruned: the accuracy of all paths."""
+    tokens = [row["tokens"] for row in rows]
     x = plot.Axis("tokens of paths and rollouts (log scale)", is_log=True,
-                  ticks=plot.log_ticks(*ends(row["tokens"] for row in rows)))
+                  ticks=plot.log_ticks(min(tokens), max(tokens)))
     parts = []
     top = 124
     for checkpoint in checkpoints:
@@ -545,12 +546,6 @@ def draw_figure(file, rows, checkpoints, unpruned):
              f"All paths without pruning: {unpruned:.0%} right.",
              "Shaded, or as a bar: 95% intervals over problems and seeds."]
     plot.write(file, "How to spend a budget of labels", notes, parts, height=top - 48)
-
-
-def ends(values):
-    """(the smallest, the largest)."""
-    values = list(values)
-    return min(values), max(values)
 
 
 def point_of(row, key):

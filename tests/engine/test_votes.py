@@ -216,7 +216,7 @@ class Shifted(StopSignal):
 
 
 @pytest.mark.parametrize("shift", (0.5, 2.0))
-def test_scores_that_are_no_weights_decide_nothing(pair, shift):
+def test_scores_that_are_no_weights_have_no_vote(pair, shift):
     """The vote of the whole run is the majority's then, and a run that is ended early says the
     same."""
     model, stop = pair
