@@ -206,8 +206,8 @@ class StopSignal:
         return self.stop.check(self.model, batch.cache)
 
     def of_ended(self, paths, batch):
-        """Scores (paths,) of paths that have ended. Their rows have left the batch: they are read
-        again, whole."""
+        """Scores (paths,) of paths that have ended. Their rows have left the batch (which may have
+        noted what another signal needs of them): they are read again, whole."""
         return self.stop.score(self.model, [path.prompt_ids + path.ids for path in paths])
 
 

@@ -282,9 +282,9 @@ def read_rope(keys, kind, context):
         agree = all(parameters.get(key) == value for key, value in scaling.items())
         keys.require("rope_scaling", agree, "nothing else than rope_parameters says, beside it")
     scaling = scaling | parameters
-    # Without it transformers takes gpt-oss's own YaRN, and other readers none.
-    is_said = kind != "gpt_oss" or scaling
-    keys.require("rope_scaling", is_said, "YaRN's settings, as published gpt-oss has them")
+    if kind == "gpt_oss":  # without it transformers takes its YaRN, and other readers none
+        found = scaling != {}
+        keys.require("rope_scaling", found, "YaRN's settings, as published gpt-oss has them")
     given = {key: value for key, value in scaling.items() if value is not None}
     rope_keys = Keys({"rope_theta": keys.raw.get("rope_theta")} | given, keys.source)
     for key, value in given.items():

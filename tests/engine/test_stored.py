@@ -2,11 +2,12 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
 from helpers import (
-    Fuse, Killed, random_model, raw_config, read_lines, write_checkpoint, write_lines,
+    ROOT, Fuse, Killed, random_model, raw_config, read_lines, write_checkpoint, write_lines,
     write_tokenizer)
 
 import sample
@@ -76,6 +77,19 @@ def test_stored_grades_of_another_grader_are_made_anew(pair, tmp_path, monkeypat
     assert [record["paths"] for record in again] == [record["paths"] for record in records]
     assert "those of 5 problems were graded by another version" in capsys.readouterr().out
     assert file.read_bytes() == before
+
+
+def test_a_graders_name_stands_for_all_of_its_code():
+    """Every module of plumbing/ that grading reaches."""
+    reached = set()
+    waiting = ["grading"]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            code = (ROOT / "plumbing" / f"{name}.py").read_text(encoding="utf-8")
+            waiting += re.findall(r"^from plumbing\.(\w+) import", code, re.MULTILINE)
+    assert reached == set(grading.CODE)
 
 
 class Counted:
